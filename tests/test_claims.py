@@ -1,0 +1,317 @@
+"""Claims on made-up tables: every verdict can come out, and nothing comes out of nothing."""
+
+import copy
+import re
+
+import pandas as pd
+import pytest
+import yaml
+
+from rsparse import claims
+from rsparse.predicates import Context, NotMeasured, decide, estimate
+
+BASE = dict(method="r-sparse", sparsity=0.5, score="magnitude", rho=0.95, tokens="scored", task="average-4",
+            metric="diff_acc", against="teal", seed=0, stderr=0.004, n=400)
+
+
+def table(*rows):
+    return pd.DataFrame([{**BASE, **row} for row in rows])
+
+
+def write(folder, preset, exhibit, frame):
+    (folder / preset).mkdir(parents=True, exist_ok=True)
+    frame.to_csv(folder / preset / f"{exhibit}.csv", index=False)
+    return folder
+
+
+def verdict(folder, name, preset, **kwargs):
+    found = [v for v in claims.evaluate(folder, **kwargs) if (v.claim.id, v.preset) == (name, preset)]
+    assert len(found) == 1
+    return found[0]
+
+
+def dense(*values, model="Llama-2-7B", stderr=0.01):
+    tasks = ["winogrande", "piqa", "sciq", "obqa"]
+    return [dict(method="dense", sparsity=0.0, score=None, rho=None, against=None, metric="acc", task=task,
+                 value=value, stderr=stderr, model=model) for task, value in zip(tasks, values, strict=True)]
+
+
+PAPERS_DENSE = (0.6914, 0.7807, 0.938, 0.314)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "preset", "expected"),
+    [
+        (0.012, 0.004, 0.020, "a6000-llama-2-7b", "reproduced"),
+        (-0.012, -0.020, -0.004, "a6000-llama-2-7b", "not reproduced"),
+        (0.002, -0.006, 0.010, "a6000-llama-2-7b", "undecided"),
+        (0.012, 0.004, 0.020, "tiny", "analogue holds"),
+        (-0.012, -0.020, -0.004, "tiny-full", "analogue does not hold"),
+        (0.002, -0.006, 0.010, "somebody-elses", "undecided"),
+        (0.012, 0.004, 0.020, "a6000-mistral-7b", "analogue holds"),  # the claim speaks of Llama-2-7B only
+    ],
+)
+def test_verdicts(tmp_path, value, low, high, preset, expected):
+    frame = table(dict(value=value, low=low, high=high), *dense(*PAPERS_DENSE))
+    found = verdict(write(tmp_path, preset, "table-3", frame), "rank-path-accuracy", preset)
+    assert found.verdict == expected
+    assert found.ours.value == value
+    if preset == "a6000-llama-2-7b":
+        assert found.paper == {"Llama-2-7B": pytest.approx(0.0125)}
+        assert found.difference == pytest.approx(value - 0.0125)
+
+
+def test_no_verdict_before_the_dense_row_matches_the_paper(tmp_path):
+    good = dict(value=0.012, low=0.004, high=0.020)
+    off = [value - 0.03 for value in PAPERS_DENSE]
+    found = verdict(write(tmp_path / "a", "a6000-llama-2-7b", "table-3", table(good, *dense(*off))),
+                    "rank-path-accuracy", "a6000-llama-2-7b")
+    assert found.verdict == "undecided" and "dense row" in found.reason
+    found = verdict(write(tmp_path / "b", "a6000-llama-2-7b", "table-3", table(good)),
+                    "rank-path-accuracy", "a6000-llama-2-7b")
+    assert found.verdict == "undecided" and "cannot be checked" in found.reason
+    found = verdict(write(tmp_path / "c", "tiny", "table-3", table(good)), "rank-path-accuracy", "tiny")
+    assert found.verdict == "analogue holds"  # another model need not match the paper's dense row
+
+
+def test_controls_have_their_own_words(tmp_path):
+    for value, expected in ((0.95, "control passed"), (0.7, "control failed")):
+        frame = pd.DataFrame({"metric": ["recovered_share", "false_share"], "value": [value, 0.0]})
+        write(tmp_path, "tiny", "planted-control", frame)
+        assert verdict(tmp_path, "planted-rho-found", "tiny").verdict == expected
+        assert verdict(tmp_path, "nothing-planted-nothing-found", "tiny").verdict == "control passed"
+
+
+def test_absent_data_is_not_measured(tmp_path):
+    assert claims.evaluate(tmp_path) == []
+    write(tmp_path, "tiny", "table-3", pd.DataFrame({"unrelated": [1]}))
+    write(tmp_path, "tiny", "figure-5", table(dict(value=0.1)).head(0))
+    write(tmp_path, "tiny", "figure-1-3", table(dict(value=0.1, metric="other")).drop(columns="stderr"))
+    assert {v.verdict for v in claims.evaluate(tmp_path)} == {"not measured"}
+
+
+def test_random_weights_measure_speed_only(tmp_path):
+    frame = table(dict(value=0.012, low=0.004, high=0.02))
+    write(tmp_path, "h200", "table-3", frame)
+    write(tmp_path, "tiny", "table-3", frame.assign(model="random:llama-2-7b"))
+    speed = dict(method="r-sparse", against="dense", baseline="hf-eager", dtype="float32", sparsity=0.5,
+                 metric="speed_gain", model="random:llama-2-7b", shape="llama-2-7b")
+    write(tmp_path, "h200", "figure-6", pd.DataFrame([{**speed, "generation": g, "value": v}
+                                                      for g, v in ((128, 0.45), (2048, 0.3))]))
+    assert verdict(tmp_path, "rank-path-accuracy", "h200").verdict == "not measured"
+    assert verdict(tmp_path, "rank-path-accuracy", "tiny").verdict == "not measured"
+    assert verdict(tmp_path, "generation-gain", "h200").verdict == "analogue holds"
+    assert verdict(tmp_path, "gain-shrinks-with-length", "h200").verdict == "analogue holds"
+
+
+def test_a_printed_value_is_matched_within_two_standard_errors(tmp_path):
+    common = dict(task="average", metric="acc", stderr=0.004, n=9000)
+    rows = [dict(method="dense", sparsity=0.0, value=0.659, **common)]
+    for value, expected in ((0.645, "reproduced"), (0.66, "not reproduced")):
+        cell = dict(method="r-sparse", sparsity=0.5, value=value, **common)
+        write(tmp_path, "a6000-llama-2-7b", "table-1", pd.DataFrame([*rows, cell]))
+        assert verdict(tmp_path, "average-at-50", "a6000-llama-2-7b").verdict == expected
+    write(tmp_path, "tiny", "table-1", pd.DataFrame([*rows, cell]))
+    assert verdict(tmp_path, "average-at-50", "tiny").verdict == "not measured"
+
+
+def test_score_map_share_counts_linears(tmp_path):
+    common = dict(task="score-map", metric="share_top10")
+    rows = [dict(control=control, layer=layer, linear=linear, value=value, **common)
+            for layer in range(4) for linear in ("q", "down", "up", "o", "k")
+            for control, value in (("real", 0.8), ("gaussian-w", 0.6), ("permuted-x", 0.85))]
+    write(tmp_path, "tiny", "figure-1-3", pd.DataFrame(rows))
+    assert verdict(tmp_path, "score-map-concentrates", "tiny").verdict == "analogue holds"
+    assert verdict(tmp_path, "score-map-everywhere", "tiny").verdict == "analogue holds"
+    assert verdict(tmp_path, "score-map-beyond-gaussian", "tiny").verdict == "control passed"
+    assert verdict(tmp_path, "score-map-beyond-permuted", "tiny").verdict == "control failed"
+
+
+def test_a_run_replaces_the_published_table(tmp_path):
+    write(tmp_path / "published", "tiny", "table-3", table(dict(value=-0.1, low=-0.2, high=-0.01)))
+    write(tmp_path / "run", "table-3", "table-3", table(dict(value=0.1, low=0.01, high=0.2)))
+    published = verdict(tmp_path / "published", "rank-path-accuracy", "tiny")
+    rerun = verdict(tmp_path / "published", "rank-path-accuracy", "tiny", runs={"tiny": tmp_path / "run"})
+    assert (published.verdict, rerun.verdict) == ("analogue does not hold", "analogue holds")
+
+
+# ---- predicates
+
+def context(frame, **kwargs):
+    return Context("t", {"t": frame}, lambda selector: 0.5, **kwargs)
+
+
+def compare(left, op, right, **kwargs):
+    return {"left": left, "is": op, "right": right, **kwargs}
+
+
+ROWS = {"rows": {"metric": "diff_acc"}}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "op", "right", "extra", "state"),
+    [
+        (0.1, 0.3, ">", 0, {}, "holds"),
+        (-0.1, 0.3, ">", 0, {}, "undecided"),
+        (-0.3, -0.1, ">", 0, {}, "fails"),
+        (-0.3, -0.1, "<", 0, {}, "holds"),
+        (0.1, 0.3, ">", 0, {"margin": 0.2}, "undecided"),
+        (0.1, 0.3, ">", 0, {"margin": 0.4}, "fails"),
+        (-0.3, -0.1, "<", 0, {"margin": 0.05}, "holds"),
+        (-0.1, 0.1, "within", 0, {"tolerance": 0.2}, "holds"),
+        (-0.1, 0.3, "within", 0, {"tolerance": 0.2}, "undecided"),
+        (0.3, 0.5, "within", 0, {"tolerance": 0.2}, "fails"),
+        (0.0, 0.0, ">", 0, {}, "undecided"),  # all items tied
+        (0.0, 0.0, ">", 0, {"interval": "exact"}, "fails"),
+        (float("nan"), float("nan"), ">", 0, {}, "undecided"),
+        (float("nan"), float("nan"), ">", 0, {"interval": "exact"}, "holds"),
+    ],
+)
+def test_comparisons(low, high, op, right, extra, state):
+    middle = (low + high) / 2 if low == low else 0.2
+    frame = table(dict(value=middle, low=low, high=high, stderr=float("nan")))
+    assert decide(compare(ROWS, op, right, **extra), context(frame)).state == state
+
+
+def test_differences_of_rows_add_errors_in_squares():
+    frame = table(dict(method="a", value=0.6, stderr=0.03), dict(method="b", value=0.5, stderr=0.04))
+    both = {"minus": [{"rows": {"method": "a"}}, {"rows": {"method": "b"}}]}
+    found = estimate(both, context(frame))
+    assert found.value == pytest.approx(0.1) and found.stderr == pytest.approx(0.05)
+    ratio = estimate({"ratio": both["minus"]}, context(frame))
+    assert ratio.value == pytest.approx(1.2)
+    assert ratio.stderr == pytest.approx(1.2 * ((0.03 / 0.6) ** 2 + (0.04 / 0.5) ** 2) ** 0.5)
+
+
+def test_tasks_average_as_independent_and_seeds_do_not():
+    tasks = table(*(dict(task=t, value=v, stderr=0.02) for t, v in (("piqa", 0.4), ("sciq", 0.6))))
+    found = estimate({"rows": {"task": ["piqa", "sciq"]}}, context(tasks))
+    assert found.value == pytest.approx(0.5) and found.stderr == pytest.approx(0.02 / 2**0.5)
+    seeds = table(*(dict(seed=s, value=v, stderr=0.02) for s, v in ((0, 0.4), (1, 0.6))))
+    found = estimate(ROWS, context(seeds))
+    assert found.value == pytest.approx(0.5) and found.stderr == pytest.approx(0.02)
+    with pytest.raises(NotMeasured, match="obqa"):
+        estimate({"rows": {"task": ["piqa", "obqa"]}}, context(tasks))
+    seeds.loc[1, "stderr"] = float("nan")  # one seed without an error: the error of the mean is not known
+    assert decide(compare(ROWS, ">", 0), context(seeds)).reason == "no interval beside the measured value"
+
+
+def test_several_settings_are_not_mixed():
+    frame = table(dict(value=0.1, tokens="all"), dict(value=0.3, tokens="decode"))
+    outcome = decide(compare(ROWS, ">", 0), context(frame))
+    assert (outcome.state, outcome.reason) == ("undecided", "rows differ in tokens")
+    preferring = context(frame, prefer={"tokens": {"default": ["scored", "decode", "all"]}})
+    assert estimate(ROWS, preferring).value == 0.3
+    per_metric = context(frame, prefer={"tokens": {"default": ["decode"], "diff_acc": ["all"]}})
+    assert estimate(ROWS, per_metric).value == 0.1
+
+
+def test_argmin_monotone_and_query():
+    curve = {0.0: 9.0, 0.3: 7.0, 0.7: 6.0, 0.95: 5.0, 1.0: 5.5}
+    frame = table(*(dict(rho=rho, value=value) for rho, value in curve.items()))
+    where = context(frame)
+    assert estimate({"argmin": ROWS, "of": "rho"}, where).value == 0.95
+    assert estimate({"argmax": ROWS, "of": "rho"}, where).value == 0.0
+    falling = {"monotone": {**ROWS, "query": "rho <= 0.95"}, "along": "rho", "direction": "falling"}
+    assert decide(falling, where).state == "holds"
+    assert decide({**falling, "monotone": ROWS}, where).state == "fails"
+    assert decide({**falling, "monotone": ROWS, "slack": 0.6}, where).state == "holds"
+    assert decide({**falling, "monotone": {**ROWS, "query": "rho > 0.8"}}, where).state == "missing"
+    assert decide({**falling, "monotone": {**ROWS, "query": "depth > 0.8"}}, where).state == "missing"
+
+
+def test_combinations():
+    frame = table(dict(method="up", value=0.1, low=0.05, high=0.15), dict(method="down", value=-0.1, low=-0.2,
+                  high=-0.05), dict(method="flat", value=0.0, low=-0.1, high=0.1))
+    state = {name: compare({"rows": {"method": name}}, ">", 0) for name in ("up", "down", "flat", "none")}
+
+    def of(kind, *names):
+        return decide({kind: [state[name] for name in names]}, context(frame)).state
+
+    assert of("all", "up", "up") == "holds"
+    assert of("all", "up", "down", "none") == "fails"
+    assert of("all", "up", "flat") == "undecided"
+    assert of("all", "up", "none") == "missing"
+    assert of("any", "down", "up", "none") == "holds"
+    assert of("any", "down", "flat") == "undecided"
+    assert of("any", "down", "down") == "fails"
+    assert of("first", "none", "down", "up") == "fails"
+    assert of("first", "none", "none") == "missing"
+
+
+# ---- the file
+
+@pytest.fixture
+def document():
+    return yaml.safe_load(claims.CLAIMS.read_text())
+
+
+def load(tmp_path, document):
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return claims.load(path)
+
+
+def test_the_file_is_valid_and_every_exhibit_has_a_claim():
+    found = claims.load()
+    assert {claim.exhibit for claim in found.claims} == set(found.exhibits)
+    text = claims.CLAIMS.read_text()
+    assert not re.search(r"^\s*(text|note):.*\d\d\.\d\d", text, re.M)  # reported cells are selected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("text"), "low-rank-collapses.*text"),
+        (lambda c: c.update(colour="red"), "low-rank-collapses.*colour"),
+        (lambda c: c.update(predicate=compare(1, "=", 1)), "low-rank-collapses"),
+        (lambda c: c.update(predicate=compare(1, "within", 1)), "low-rank-collapses.*tolerance"),
+        (lambda c: c.update(ours={"rows": {"a": 1}, "query": "@x > 1"}), "low-rank-collapses.*query"),
+        (lambda c: c.update(exhibit="table-99"), "low-rank-collapses.*table-99"),
+        (lambda c: c.update(contradicts=["nobody"]), "low-rank-collapses.*nobody"),
+        (lambda c: c.update(dense_check="average-9"), "low-rank-collapses.*average-9"),
+        (lambda c: c.update(id="rank-path-accuracy"), "rank-path-accuracy.*2 times"),
+        (lambda c: c.update(paper={"reported": {"paper": "r-sparse", "where": "Table 9", "metric": "acc"}}),
+         "low-rank-collapses.*paper"),
+    ],
+)
+def test_errors_name_the_claim(tmp_path, document, change, message):
+    changed = copy.deepcopy(document)
+    change(next(c for c in changed["claims"] if c["id"] == "low-rank-collapses"))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, changed)
+
+
+def test_suspect_cells_are_never_a_reference():
+    cell = {"paper": "r-sparse", "where": "Table 1", "method": "dense", "task": "obqa", "metric": "acc"}
+    assert claims.reported_value(cell, "Llama-2-7B") == pytest.approx(0.314)
+    with pytest.raises(NotMeasured):
+        claims.reported_value(cell, "Mistral-7B")
+
+
+# ---- the pages
+
+def test_scorecard_lists_every_exhibit_and_mismatches_first(tmp_path):
+    known = claims.load()
+    empty = claims.scorecard_markdown(tmp_path)
+    for about in known.exhibits.values():
+        assert f"## {about['title']}\n" in empty
+    assert empty.count("**not measured**") == len(known.claims)
+    assert "Nothing has been measured" in claims.verdicts_markdown(tmp_path)
+
+    frame = table(dict(value=-0.012, low=-0.02, high=-0.004),
+                  dict(method="teal", rho=None, against="dense", value=-0.01, low=-0.015, high=-0.005))
+    write(tmp_path, "tiny", "table-3", frame)
+    write(tmp_path, "second-preset", "table-3", frame)
+    text = claims.scorecard_markdown(tmp_path)
+    assert text.count(":::{tab-item} ") == 2 and ":sync: second-preset" in text
+    tab = text.partition(":::{tab-item} tiny")[2].partition("\n:::\n")[0]
+    words = re.findall(r"\*\*(.+?)\*\*", tab)
+    assert words[:2] == ["analogue does not hold", "analogue holds"] and words[-1] == "not measured"
+    assert "−1.20 points [−2.00, −0.40]" in tab and "1.25 points (Llama-2-7B)" in tab
+    assert all(line.count("|") == 5 for line in text.splitlines() if line.startswith("|"))
+
+    glance = claims.verdicts_markdown(tmp_path)
+    assert "- **tiny**: 1 analogue does not hold" in glance
+    assert "**analogue does not hold** on tiny" in glance
+    assert all(word in claims.VERDICTS for word in re.findall(r"- \*\*(.+?)\*\* on ", glance))
