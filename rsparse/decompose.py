@@ -1,0 +1,146 @@
+"""Truncated SVD factors of a weight, their store on disk, the score map, and the stable rank."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rsparse.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Leading components of W = U S V^T: A = U_r diag(S_r) of shape (m, r), B = V_r of shape (n, r)."""
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+    def leading(self, rank: int) -> Factors:
+        """The first `rank` components (a view)."""
+        return Factors(self.A[:, :rank], self.B[:, :rank])
+
+    def to(self, *target: torch.dtype | torch.device) -> Factors:
+        """Both factors in another dtype or on another device."""
+        return Factors(self.A.to(*target), self.B.to(*target))
+
+
+@torch.no_grad()
+def svd_factors(weight: Tensor, rank: int) -> Factors:
+    """Leading `rank` SVD components of `weight` (m, n), computed and returned in float64.
+
+    Through the eigenvectors of the Gram matrix on the smaller side: several times faster than an SVD on either
+    device. Singular values below sqrt(eps64) ||W||, about 1.5e-8 ||W||, come in no particular order; that is
+    below the rounding of every precision that factors are stored in. On the CPU where the device has no float64.
+    """
+    m, n = weight.shape
+    if not 0 <= rank <= min(m, n):
+        raise ValueError(f"rank is {rank}; expected 0..{min(m, n)} for a weight of shape ({m}, {n})")
+    W = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device).double()
+    if m < n:
+        transposed = _tall_factors(W.T.contiguous(), rank)
+        sigma = transposed.A.norm(dim=0)
+        unit = transposed.A / sigma.clamp_min(torch.finfo(torch.float64).tiny)
+        return Factors(transposed.B * sigma, unit)
+    return _tall_factors(W, rank)
+
+
+def _tall_factors(W: Tensor, rank: int) -> Factors:
+    """`svd_factors` for m >= n: W^T W = V S^2 V^T gives B = V_r, and A = W V_r = U_r diag(S_r)."""
+    _, V = torch.linalg.eigh(W.T @ W)
+    B = V[:, V.shape[1] - rank :].flip(1)
+    return Factors(W @ B, B.contiguous())
+
+
+_KEYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> ((version, address), key)
+
+
+def weight_key(weight: Tensor) -> str:
+    """Content hash of a weight (shape, dtype and every byte), independent of its device.
+
+    Remembered until the weight is changed in place or moved (a write through ``weight.data`` goes unseen):
+    hashing a 7B model takes some seconds.
+    """
+    state = weight._version, weight.data_ptr()
+    known, key = _KEYS.get(weight, (None, ""))
+    if known != state:
+        raw = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(raw.data)
+        key = digest.hexdigest()[:32]
+        _KEYS[weight] = (state, key)
+    return key
+
+
+class FactorStore:
+    """Factors on disk, one safetensors file per weight, keyed by the weight's content.
+
+    A stored rank serves every smaller rank, and only the columns asked for are read: a sweep should begin
+    with its largest rank. Factors are computed in float64 and stored in the dtype they will run in.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def get(self, weight: Tensor, rank: int, dtype: torch.dtype | None = None) -> Factors:
+        """Leading `rank` factors of `weight` on its device, as `dtype` (default: the weight's)."""
+        dtype = dtype or weight.dtype
+        path = self.folder / f"{weight_key(weight)}-{str(dtype).removeprefix('torch.')}.safetensors"
+        stored = self._read(path, rank, weight.device)
+        if stored is None:
+            factors = svd_factors(weight, rank)
+            stored = factors.to(dtype)
+            self._write(path, stored)
+            stored = stored.to(weight.device)
+        return stored
+
+    @staticmethod
+    def _read(path: Path, rank: int, device: torch.device) -> Factors | None:
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            A, B = file.get_slice("A"), file.get_slice("B")
+            if A.get_shape()[1] < rank:
+                return None
+            return Factors(A[:, :rank], B[:, :rank])
+
+    def _write(self, path: Path, factors: Factors) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file({"A": factors.A.cpu().contiguous(), "B": factors.B.cpu().contiguous()}, temporary)
+
+
+def default_store() -> FactorStore:
+    """The store under ``$RSPARSE_CACHE`` (default ``~/.cache/rsparse``)."""
+    root = os.environ.get("RSPARSE_CACHE") or Path.home() / ".cache" / "rsparse"
+    return FactorStore(Path(root) / "factors")
+
+
+@torch.no_grad()
+def score_map(weight: Tensor, mean_abs: Tensor) -> Tensor:
+    """S_ij = E|sigma_i x_j V_ji|, shape (min(m, n), n), float32: row i a component, column j an input channel.
+
+    It factorises into sigma_i |V_ji| E|x_j| (R-Sparse, section 3.2), so the mean over tokens of |x|,
+    `mean_abs` of shape (n,), is all that it takes from the activations. Rows descend in sigma.
+    """
+    factors = svd_factors(weight, min(weight.shape))
+    sigma, V = factors.A.norm(dim=0), factors.B
+    return (sigma[:, None] * V.T.abs() * mean_abs.to(V)).float()
+
+
+@torch.no_grad()
+def stable_rank(weight: Tensor) -> float:
+    """||W||_F^2 / ||W||_2^2, between 1 and min(m, n)."""
+    W = weight.detach().double()
+    return float(W.square().sum() / torch.linalg.matrix_norm(W, 2).square())

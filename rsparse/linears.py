@@ -1,0 +1,142 @@
+"""The drop-in module: y = W s(x) + A B^T (x - s(x)) at sparse positions, W x elsewhere.
+
+The weight stays where it is: a `SparseLinear` wraps the linear it replaces, so input sparsity needs no second
+copy and restoring the dense model means hanging the wrapped linear back. This is the evaluation path, which
+computes what a sparse kernel would from dense products; speed is the kernels' business.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rsparse.accounting import Split
+from rsparse.decompose import Factors
+from rsparse.protocol import TokenProtocol
+from rsparse.thresholds import channel_score, keep_above, keep_top
+
+
+class SparseLinear(nn.Module):
+    """R-Sparse's linear (arXiv 2504.19449, equation 5); input sparsity (TEAL) is the case rank 0.
+
+    dense: the wrapped linear, weight (m, n), of any kind that has in_features and out_features.
+    split: kept channels and rank. factors: A (m, r), B (n, r), needed when the rank is not 0.
+    norms: (n,) weights of the score, or None for magnitude.
+    threshold: one number; or None for the exact top `split.kept` channels of every token.
+    protocol: says which positions of the forward pass in progress are sparse.
+
+    kept = 0 skips the sparse path; non-finite inputs surface in the output on every path.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        split: Split,
+        protocol: TokenProtocol,
+        factors: Factors | None = None,
+        norms: Tensor | None = None,
+        threshold: float | None = None,
+    ):
+        super().__init__()
+        if (split.rank > 0) != (factors is not None):
+            raise ValueError(f"rank is {split.rank}; expected factors exactly when it is not 0")
+        self.dense, self.split, self.protocol, self.threshold = dense, split, protocol, threshold
+        self.tally: KeptTally | None = None
+        self.register_buffer("norms", norms, persistent=False)
+        self.register_buffer("A", factors and factors.A, persistent=False)
+        self.register_buffer("B", factors and factors.B, persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.dense.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.dense.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.dense.bias
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Mask of the channels that the sparse path reads, shape of x (..., n), at sparse positions."""
+        if self.split.kept == 0:
+            return ~torch.isfinite(x)  # nothing is read, but NaN and inf surface even without a low-rank path
+        score = channel_score(x, self.norms)
+        if self.threshold is None:
+            return keep_top(score, self.split.kept)
+        return keep_above(score, self.threshold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (rows, positions, n) -> (rows, positions, m)."""
+        sparse = self.protocol.on(x.device)
+        if sparse is not None and not self.protocol.any_sparse:
+            return self.dense(x)
+        keep = self.keep(x)
+        if self.tally is not None:
+            self.tally.add(keep if sparse is None else keep[sparse])
+        if sparse is not None:
+            keep = keep | ~sparse[..., None]
+        if self.A is None:
+            return self.dense(torch.where(keep, x, 0))
+        if sparse is None and self.split.kept == 0:
+            return low_rank(x, self.A, self.B, self.bias)
+        return self.dense(torch.where(keep, x, 0)) + low_rank(torch.where(keep, 0, x), self.A, self.B)
+
+    def extra_repr(self) -> str:
+        return f"kept={self.split.kept}, rank={self.split.rank}, threshold={self.threshold}"
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A B^T x (+ bias) for x (..., n): two thin products."""
+    return F.linear(F.linear(x, B.T), A, bias)
+
+
+class KeptTally:
+    """Kept channels per token of one linear, streamed: count, mean, spread, and extremes over tokens."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.total = self.squares = 0.0
+        self.most = 0
+
+    def add(self, keep: Tensor) -> None:
+        """Count a mask (..., n), one row a token."""
+        kept = keep.sum(-1).cpu().double()
+        if kept.numel():
+            self.tokens += kept.numel()
+            self.total += float(kept.sum())
+            self.squares += float(kept.square().sum())
+            self.most = max(self.most, int(kept.max()))
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.tokens if self.tokens else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over tokens."""
+        if not self.tokens:
+            return math.nan
+        return math.sqrt(max(self.squares / self.tokens - self.mean**2, 0.0))
+
+
+def reference_output(x: Tensor, weight: Tensor, keep: Tensor, factors: Factors | None, bias: Tensor | None = None) -> Tensor:
+    """The same function in float64 and in three lines, for a given mask: what tests compare with."""
+    W, x = weight.double(), x.double()
+    y = torch.where(keep, x, 0) @ W.T
+    if factors is not None:
+        y = y + torch.where(keep, 0, x) @ factors.B.double() @ factors.A.double().T
+    return y if bias is None else y + bias.double()
+
+
+def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
+    """Every `SparseLinear` of `model` by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
