@@ -1,0 +1,86 @@
+"""The commands: `python -m rsparse run | publish | estimate | build` (each has --help)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rsparse import batch, book
+from rsparse.paths import HERE, Checkout
+
+
+def main(arguments: Sequence[str] | None = None, checkout: Checkout = HERE) -> int:
+    """Exit code: 0 done, 1 a notebook failed, 2 the request was refused, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options, checkout)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace, checkout: Checkout) -> int:
+    failed = batch.run(options.preset, checkout, options.out, options.only, options.fresh, options.overnight)
+    return 1 if failed else 0
+
+
+def _publish(options: argparse.Namespace, checkout: Checkout) -> int:
+    if options.preset is None:
+        book.write_pages(checkout)
+        return 0
+    run = options.run or checkout.run_folder(options.preset)
+    published = book.publish(run, options.preset, checkout, options.allow_partial)
+    print(f"published {', '.join(published)}; the pages are in {checkout.exhibits}")
+    return 0
+
+
+def _build(options: argparse.Namespace, checkout: Checkout) -> int:
+    print(f"the book is at {book.build(checkout, options.run, options.out)}")
+    return 0
+
+
+def _estimate(options: argparse.Namespace, checkout: Checkout) -> int:
+    from rsparse.estimate import project  # pandas, which the other commands need not wait for
+
+    print(f"wrote {project(options.preset, options.rehearsal, options.run, checkout)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rsparse", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a preset's notebooks; finished ones are not repeated")
+    run.add_argument("--preset", required=True, help="a file of notebooks/presets, without .yaml")
+    run.add_argument("--only", nargs="+", default=(), metavar="EXHIBIT", help="e.g. table-3 figure-5")
+    run.add_argument("--fresh", action="store_true", help="start the chosen notebooks from nothing")
+    run.add_argument("--overnight", action="store_true", help="only the preset's overnight subset")
+    run.add_argument("--out", type=Path, help="run folder (default: _runs/PRESET in the checkout)")
+    run.set_defaults(command=_run)
+
+    publish = commands.add_parser("publish", help="take a finished run into data/results and the pages")
+    publish.add_argument("--preset", help="without it, only the pages are written anew")
+    publish.add_argument("--run", type=Path, help="run folder (default: _runs/PRESET in the checkout)")
+    publish.add_argument("--allow-partial", action="store_true", help="publish what is finished so far")
+    publish.set_defaults(command=_publish)
+
+    project = commands.add_parser("estimate", help="project a preset's hours from its rehearsal")
+    project.add_argument("--preset", required=True, help="the preset to project, e.g. a6000-llama-2-7b")
+    project.add_argument("--rehearsal", required=True, help="the rehearsed preset, e.g. rehearsal-llama-2-7b")
+    project.add_argument("--run", type=Path, help="its run folder (default: _runs/REHEARSAL in the checkout)")
+    project.set_defaults(command=_estimate)
+
+    build = commands.add_parser("build", help="build the book from the published presets and one run")
+    build.add_argument("--run", type=Path, help="a run folder that replaces what is published of its preset")
+    build.add_argument("--out", type=Path, help="where _build/ goes (default: the checkout)")
+    build.set_defaults(command=_build)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

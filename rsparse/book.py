@@ -1,0 +1,228 @@
+"""From finished runs to the built book: publish a run, write the generated pages, build the HTML."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from rsparse import pages
+from rsparse.batch import Entry, Ledger, gibibytes
+from rsparse.claims import scorecard_markdown, verdicts_markdown
+from rsparse.files import write_json, write_text
+from rsparse.paths import HERE, Checkout
+from rsparse.presets import exhibits_in
+
+STAGED = ("book", "notebooks", "data/results", "_config.yml", "_toc.yml")
+README_MARKS = ("<!-- runs:begin -->", "<!-- runs:end -->")
+
+
+def publish(
+    run: Path, preset: str | None, checkout: Checkout = HERE, allow_partial: bool = False
+) -> list[str]:
+    """Take a run's tables and executed notebooks into the checkout and renew all pages; computes nothing.
+
+    Everything is checked before the first file changes: ValueError for a run of another preset, one that
+    is not finished (unless `allow_partial`), a notebook without tables, or output that no page can show.
+    Returns the exhibits published.
+    """
+    ledger = Ledger(run)
+    held = ledger.about.get("preset")
+    if held is None or preset not in (None, held):
+        raise ValueError(f"{run} holds {f'a run of preset {held!r}' if held else 'no run'}")
+    done = [exhibit for exhibit in ledger.entries if ledger.done(exhibit)]
+    missing = [exhibit for exhibit in ledger.about["wanted"] if exhibit not in done]
+    if not done or (missing and not allow_partial):
+        raise ValueError(
+            f"preset {held} is not finished, missing: {', '.join(missing)}. "
+            "Run it again, or publish what there is with --allow-partial"
+        )
+    files: dict[Path, str] = {}
+    for exhibit in done:
+        files |= _published_files(run, exhibit, ledger, checkout)
+    for exhibit, path in exhibits_in(checkout.exhibits / held).items():
+        if exhibit in done:
+            path.unlink()  # its notebook may have been renumbered since
+    for path, text in files.items():
+        write_text(path, text)
+    _record_batch(checkout.results / held / "batch.json", ledger, done)
+    write_pages(checkout)
+    return done
+
+
+def write_pages(checkout: Checkout = HERE) -> None:
+    """Write book/exhibits/, book/_generated/ and the README's table anew from what is published."""
+    batches = _batches(checkout)
+    figures: dict[str, bytes] = {}
+    texts: dict[Path, str] = {}
+    for exhibit, source in exhibits_in(checkout.notebooks).items():
+        runs = [_executed(preset, batch, exhibit, checkout) for preset, batch in batches.items()]
+        notebook = nbformat.read(source, as_version=4)
+        page = pages.assemble(exhibit, source.name, notebook, list(filter(None, runs)))
+        texts[checkout.exhibits / f"{exhibit}.md"] = page.text
+        figures |= page.figures
+    generated = checkout.book / "_generated"
+    texts[generated / "scorecard.md"] = scorecard_markdown(checkout.results)
+    texts[generated / "verdicts.md"] = verdicts_markdown(checkout.results)
+    texts[generated / "status.md"] = f"{_runs_table(batches)}\n\n{_versions_table(batches, checkout)}\n"
+    for path, text in texts.items():
+        write_text(path, text)
+    shutil.rmtree(checkout.exhibits / "figures", ignore_errors=True)
+    (checkout.exhibits / "figures").mkdir(parents=True)
+    for name, content in figures.items():
+        (checkout.exhibits / "figures" / name).write_bytes(content)
+    _write_readme(checkout.root / "README.md", _runs_table(batches))
+
+
+def build(checkout: Checkout = HERE, run: Path | None = None, out: Path | None = None) -> Path:
+    """Build the book into <out>/_build/html and return that folder; the checkout itself is left alone.
+
+    The pages are those of the published presets, with `run`, finished or not, in place of its preset.
+    Raises ValueError if the build reports a warning or an error.
+    """
+    out = Path(out or checkout.root).resolve()
+    staged = stage(checkout, out / "_build" / "checkout")
+    if run is not None:
+        publish(run, None, staged, allow_partial=True)
+    else:
+        write_pages(staged)
+    program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    options = ["--path-output", str(out), "--all", "-W", "--keep-going", "-q"]
+    command = [*program, "build", str(staged.book), *options]
+    if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+        raise ValueError("jupyter-book reported the warnings above")
+    return out / "_build" / "html"
+
+
+def stage(checkout: Checkout, folder: Path) -> Checkout:
+    """A copy of what the book is made of, where a run can be published without touching the checkout."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in STAGED:
+        source, target = checkout.root / part, folder / part
+        if source.is_dir():
+            shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("_build"))
+        elif source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    return Checkout(folder)
+
+
+def publishable(notebook: NotebookNode, preset: str) -> NotebookNode:
+    """The executed notebook without timings, warnings and progress bars, as it can be tracked by git."""
+    notebook.metadata = NotebookNode(
+        {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata},
+        rsparse={"preset": preset},
+    )
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return notebook
+
+
+def _published_files(run: Path, exhibit: str, ledger: Ledger, checkout: Checkout) -> dict[Path, str]:
+    """Target -> text of everything that one finished notebook adds to the checkout."""
+    preset, entry = ledger.about["preset"], ledger.entries[exhibit]
+    tables = {
+        path.name: path for kind in ("csv", "json") for path in (run / "results" / exhibit).glob(f"*.{kind}")
+    }
+    for name in (f"{exhibit}.csv", f"{exhibit}.json"):
+        if name not in tables:
+            raise ValueError(f"{entry.notebook} finished without writing {name} to its results folder")
+    notebook = publishable(nbformat.read(run / entry.notebook, as_version=4), preset)
+    pages.check(exhibit, preset, notebook)
+    texts = {
+        checkout.results / preset / name: path.read_text(encoding="utf-8") for name, path in tables.items()
+    }
+    texts[checkout.exhibits / preset / entry.notebook] = nbformat.writes(notebook) + "\n"
+    return {path: _without_private_paths(text, ledger) for path, text in texts.items()}
+
+
+def _without_private_paths(text: str, ledger: Ledger) -> str:
+    for private, public in sorted(ledger.about["private_paths"].items(), key=lambda item: -len(item[0])):
+        text = text.replace(private, public)
+    return text
+
+
+def _record_batch(path: Path, ledger: Ledger, done: list[str]) -> None:
+    """What the runner measured, beside the tables: the pages' minutes and memory, and the next estimate."""
+    before = json.loads(path.read_text(encoding="utf-8"))["notebooks"] if path.exists() else {}
+    about = {key: ledger.about[key] for key in ("preset", "title", "device_note")}
+    write_json(path, about | {"notebooks": before | {key: asdict(ledger.entries[key]) for key in done}})
+
+
+def _batches(checkout: Checkout) -> dict[str, dict[str, Any]]:
+    files = sorted(checkout.results.glob("*/batch.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def _executed(preset: str, batch: dict[str, Any], exhibit: str, checkout: Checkout) -> pages.Executed | None:
+    path = exhibits_in(checkout.exhibits / preset).get(exhibit)
+    if path is None:
+        return None
+    entry = Entry(**batch["notebooks"][exhibit])
+    facts = {
+        "Device": _provenance(checkout, preset, exhibit).get("device") or batch["device_note"],
+        "Minutes": f"{entry.seconds / 60:.1f}" + (" (resumed)" if entry.resumed else ""),
+        "Peak memory": gibibytes(asdict(entry)),
+        "Date": entry.started[:10],
+    }
+    return pages.Executed(preset, batch["title"], facts, path.name, nbformat.read(path, as_version=4))
+
+
+def _provenance(checkout: Checkout, preset: str, exhibit: str) -> dict[str, Any]:
+    return json.loads((checkout.results / preset / f"{exhibit}.json").read_text(encoding="utf-8"))
+
+
+def _runs_table(batches: dict[str, dict[str, Any]]) -> str:
+    """Minutes and memory of every published notebook."""
+    if not batches:
+        return "No run has been published yet."
+    rows = []
+    for batch in batches.values():
+        for exhibit, fields in batch["notebooks"].items():
+            entry = Entry(**fields)
+            rows.append(
+                [
+                    batch["title"],
+                    batch["device_note"],
+                    exhibit,
+                    f"{entry.seconds / 60:.1f}",
+                    gibibytes(fields),
+                    entry.started[:10],
+                ]
+            )
+    return pages.table(["Run", "Machine", "Exhibit", "Minutes", "Peak memory", "Date"], rows)
+
+
+def _versions_table(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:
+    """Versions as each preset's notebooks recorded them; several where its notebooks differ."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for preset, batch in batches.items():
+        for exhibit in batch["notebooks"]:
+            for package, version in _provenance(checkout, preset, exhibit).get("versions", {}).items():
+                seen.setdefault(package, {}).setdefault(preset, set()).add(str(version))
+    if not seen:
+        return ""
+    rows = [
+        [package, *(", ".join(sorted(by_preset.get(preset, ()))) for preset in batches)]
+        for package, by_preset in seen.items()
+    ]
+    return pages.table(["Package", *(batch["title"] for batch in batches.values())], rows)
+
+
+def _write_readme(path: Path, text: str) -> None:
+    if not path.exists():  # a staged copy has none
+        return
+    begin, end = README_MARKS
+    head, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    if found:
+        write_text(path, f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
