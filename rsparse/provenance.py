@@ -1,0 +1,94 @@
+"""Where a result comes from: hashes of code and data, versions, device, time, memory."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rsparse.paths import ROOT
+
+CODE = ("rsparse", "kernels")
+DATA = ("data/tiny", "data/paper")
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+PACKAGES = ("torch", "triton", "transformers", "lm-eval", "numpy", "datasets", "accelerate")
+
+
+def content_hash(root: Path, parts: Iterable[str], suffix: str = "") -> str:
+    """sha256 over names and bytes of the files below `root`/part whose name ends in `suffix`."""
+    digest = hashlib.sha256()
+    for path in sorted(p for part in parts for p in (root / part).rglob(f"*{suffix}") if p.is_file()):
+        if "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def code_hash() -> str:
+    """Hash of the library and the kernels of this checkout."""
+    return content_hash(ROOT, CODE, ".py")[:16]
+
+
+@cache
+def data_hash() -> str:
+    """Hash of the embedded default and the papers' data of this checkout."""
+    return content_hash(ROOT, DATA)[:16]
+
+
+def device_name(device: str) -> str:
+    """What computes, for a reader: the GPU's name, or the processor and torch's thread count."""
+    import torch  # the batch runner hashes code with this module and needs no torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def gpu_peak_memory(device: str) -> int:
+    """Most bytes that torch has held at once in this process, over all GPUs; 0 on a CPU."""
+    import torch
+
+    gpus = range(torch.cuda.device_count()) if device.startswith("cuda") else ()
+    return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+
+
+class Clock:
+    """Wall time and peak memory from its creation on."""
+
+    def __init__(self, device: str):
+        self.device, self._start = device, time.monotonic()
+
+    def provenance(self, seed: int, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Everything that stands beside a table: times in seconds, memory in bytes."""
+        return {
+            "code": code_hash(),
+            "data": data_hash(),
+            "versions": versions(),
+            "device": device_name(self.device),
+            "seed": seed,
+            "seconds": round(time.monotonic() - self._start, 1),
+            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+            "gpu_peak_memory": gpu_peak_memory(self.device),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "parameters": parameters,
+        }

@@ -1,0 +1,155 @@
+"""Plots: a picture with words for every kind of table, in the book's style, without warnings."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from rsparse import figures
+from rsparse.models import KINDS
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What was displayed: [(data, metadata)]."""
+    found: list[tuple] = []
+    monkeypatch.setattr(
+        figures, "display", lambda data, metadata=None, raw=False: found.append((data, metadata))
+    )
+    return found
+
+
+def quality_rows(methods=("dense", "teal", "r-sparse", "low-rank"), seeds=(0,)) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "method": method,
+                "sparsity": s,
+                "task": task,
+                "metric": metric,
+                "value": 0.8 - s / 2,
+                "stderr": 0.01,
+            }
+            for method in methods
+            for s in ((0.0,) if method == "dense" else (0.3, 0.7))
+            for task, metric in (("average", "acc"), ("heldout", "perplexity"))
+            for _ in seeds
+        ]
+    )
+
+
+def all_figures() -> dict[str, Figure]:
+    random = np.random.default_rng(0)
+    maps = {(kind, key): random.random((5, 7)) ** 8 for kind in KINDS for key in ("a", "b")}
+    maps["k", "a"][2] = 0.0  # a component that carries nothing
+    shares = pd.DataFrame(
+        [
+            {"metric": "share_top10", "linear": kind, "control": control, "layer": layer, "value": 0.2}
+            for kind in KINDS
+            for control in ("real", "gaussian-w", "unsorted")  # one control is absent
+            for layer in (0, 3)
+        ]
+    )
+    points = pd.DataFrame(
+        {"sparsity": [0.4, 0.4, 0.5], "rho": [0.0, 1.0, 1.0], "diff_loss": [3.0, 0.0, 0.0],
+         "low": [2.0, 0, np.nan],
+         "high": [4.0, 0, np.nan]}
+    )  # fmt: skip
+    paired = pd.DataFrame(
+        {"value": [0.1, -0.2, 0.0], "low": [0.05, -0.5, np.nan], "high": [0.15, 0.1, np.nan]}
+    )
+    found = pd.DataFrame(
+        {"planted": [0.2, 0.5], "found": [0.2, 1.0], "noise": [0.1, 0.3], "step": [0.1, 0.1]}
+    )
+    measures = {("average", "acc"): "accuracy (%)", ("heldout", "perplexity"): "perplexity"}
+    return {
+        "score_maps": figures.score_maps(maps, KINDS, {"a": "one", "b": "two"}),
+        "concentration": figures.concentration(shares, "share_top10", "share (%)"),
+        "quality": figures.quality(quality_rows(), measures),
+        "one method": figures.quality(quality_rows(["dense", "r-sparse"]), measures),
+        "dense alone": figures.quality(quality_rows(["dense"]), measures),
+        "not measured": figures.quality(quality_rows(), {("summaries", "rouge_l"): "ROUGE-L (%)"}),
+        "rho_sweep": figures.rho_sweep(points),
+        "differences": figures.differences(paired, "difference", ["one", "two", "three"]),
+        "no differences": figures.differences(paired.iloc[:0], "difference", []),
+        "planted": figures.planted(found),
+    }
+
+
+def test_every_figure_becomes_a_picture_with_words(shown):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, figure in all_figures().items():
+            figures.show(figure, f"This is {name}.", f"Caption of {name}")
+    for data, metadata in shown:
+        image = imread(io.BytesIO(base64.b64decode(data["image/png"])))
+        assert image.shape[0] > 100 and image[..., :3].std() > 0.01, "an empty picture"
+        words = metadata["image/png"]
+        assert words["alt"] == data["text/plain"] and words["alt"].startswith("This is")
+        assert words["caption"].startswith("Caption")
+
+
+def test_the_same_figure_is_the_same_picture(shown):
+    for _ in range(2):
+        figures.show(all_figures()["planted"], "Alt.")
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("alt", ["", "  \n"])
+def test_a_figure_without_words_is_refused(alt, shown):
+    with pytest.raises(ValueError, match="alt is empty"):
+        figures.show(Figure(), alt)
+    assert not shown
+
+
+def test_a_readers_own_settings_do_not_reach_the_book(shown):
+    figures.show(all_figures()["quality"], "Alt.")
+    with mpl.rc_context({"text.usetex": True, "legend.frameon": True, "font.size": 30, "axes.grid": False}):
+        figures.show(all_figures()["quality"], "Alt.")  # with usetex, LaTeX would have to be there
+        assert mpl.rcParams["font.size"] == 30
+    assert shown[0] == shown[1]
+
+
+def test_methods_differ_in_more_than_colour():
+    lines = list(figures.LOOK.values())
+    for part in range(3):
+        assert len({line[part] for line in lines}) == len(lines)
+    axes = all_figures()["quality"].axes[0]
+    markers = [line.get_marker() for line in axes.lines if line.get_marker() not in ("|", "_", "None", "")]
+    assert len(set(markers)) >= 3
+
+
+def test_quality_starts_at_dense_and_is_in_percent():
+    axes = all_figures()["one method"].axes[0]
+    (line,) = (line for line in axes.lines if line.get_marker() == "o")
+    assert line.get_xdata().tolist() == [0, 30, 70]
+    assert line.get_ydata().tolist() == pytest.approx([80, 65, 45])
+
+
+def test_differences_are_filled_where_zero_is_excluded():
+    axes = all_figures()["differences"].axes[0]
+    filled = {}
+    for line in axes.lines:
+        if line.get_marker() == "o":
+            filled |= {float(y): line.get_markerfacecolor() for y in line.get_ydata()}
+    assert (filled[2.0], filled[1.0], filled[0.0]) == ("#D55E00", "white", "white")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two", "three"]
+
+
+def test_tables_round_by_column_and_leave_gaps_empty(shown):
+    frame = pd.DataFrame({"name": ["<a>", None], "x": [1.23456, np.nan], "y": [2.0, 3.0], "n": [1, 2]})
+    figures.table(frame, {"x": 3}, "Shares < 1")
+    html = shown[0][0].data
+    assert "<td>1.235</td>" in html and "<td>2.00</td>" in html and "<td>1</td>" in html
+    assert "NaN" not in html and "None" not in html and "&lt;a&gt;" in html
+    assert html.count("<caption>Shares &lt; 1</caption>") == 1
+    figures.table(frame, 0)
+    assert "<td>1</td>" in shown[1][0].data and "<caption>" not in shown[1][0].data
