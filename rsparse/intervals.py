@@ -90,7 +90,7 @@ def macro(intervals: Sequence[Interval], confidence: float = 0.95) -> Interval:
     total, n = math.fsum(variances), sum(part.n for part in intervals)
     if not total > 0:
         return Interval(centre, centre + total, centre + total, total, n)  # zero, or NaN from a single item
-    freedom = total**2 / math.fsum(v**2 / (part.n - 1) for v, part in zip(variances, intervals) if v > 0)
+    freedom = total**2 / math.fsum(v**2 / (part.n - 1) for v, part in zip(variances, intervals, strict=True) if v > 0)
     reach = math.sqrt(total) * float(stats.t.ppf(0.5 + confidence / 2, freedom))
     return Interval(centre, centre - reach, centre + reach, math.sqrt(total), n)
 

@@ -128,7 +128,9 @@ class KeptTally:
         return math.sqrt(max(self.squares / self.tokens - self.mean**2, 0.0))
 
 
-def reference_output(x: Tensor, weight: Tensor, keep: Tensor, factors: Factors | None, bias: Tensor | None = None) -> Tensor:
+def reference_output(
+    x: Tensor, weight: Tensor, keep: Tensor, factors: Factors | None, bias: Tensor | None = None
+) -> Tensor:
     """The same function in float64 and in three lines, for a given mask: what tests compare with."""
     W, x = weight.double(), x.double()
     y = torch.where(keep, x, 0) @ W.T

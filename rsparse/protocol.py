@@ -128,7 +128,8 @@ class TokenProtocol:
         if self._rows is not None:
             lengths, contexts = self._rows
             if len(lengths) != rows or max(lengths) > width:
-                raise ValueError(f"{len(lengths)} rows of up to {max(lengths)} tokens were announced; got {rows} x {width}")
+                announced = f"{len(lengths)} rows of up to {max(lengths)} tokens"
+                raise ValueError(f"{announced} were announced; got {rows} x {width}")
             real = torch.arange(width) < torch.tensor(lengths)[:, None]
             return sparse_mask(self.tokens, real, contexts)
         return sparse_mask(self.tokens, real_positions(attention_mask, rows, width), [None] * rows)

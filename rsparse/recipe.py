@@ -126,7 +126,8 @@ class Recipe:
     def check(self, model: nn.Module) -> None:
         """ValueError unless the recipe was made for `model`."""
         if (found := fingerprint(model)) != self.model:
-            raise ValueError(f"recipe {self.name!r} is for the model with fingerprint {self.model}; this one has {found}")
+            made_for = f"recipe {self.name!r} is for the model with fingerprint {self.model}"
+            raise ValueError(f"{made_for}; this one has {found}")
         if missing := {linear.name for linear in decoder_linears(model)} ^ set(self.linears):
             raise ValueError(f"recipe {self.name!r} does not fit the model: {sorted(missing)[0]!r} is on one side only")
 

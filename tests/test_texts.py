@@ -85,7 +85,9 @@ def test_windows_are_consecutive_disjoint_and_picked_by_seed(corpus):
         ids = token_ids(name, "calibration", tokenizer, samples, 21, seed)
         for row in ids.tolist():
             places = [
-                int(w.removeprefix("train")) for w in tokenizer.convert_ids_to_tokens(row[1:]) if w not in ("<s>", "</s>")
+                int(w.removeprefix("train"))
+                for w in tokenizer.convert_ids_to_tokens(row[1:])
+                if w not in ("<s>", "</s>")
             ]
             assert places == list(range(places[0], places[0] + len(places)))  # joined in order, EOS and BOS between
         flat = [w for w in ids[:, 1:].flatten().tolist() if w > 2]
