@@ -153,7 +153,7 @@ def test_summaries_of_a_local_copy(corpus):
 def test_names_are_checked_without_opening_anything():
     for corpus in (*CORPORA, "tiny"):
         for role in ("calibration", "heldout"):
-            check_text(corpus, role)
+            assert check_text(corpus, role) is None
 
 
 class TestTiny:
