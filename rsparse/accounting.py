@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 
 BYTES = {
     "float64": Fraction(8),
@@ -25,19 +26,19 @@ BYTES = {
 
 def exact(value: float | int | Fraction) -> Fraction:
     """The decimal that `value` prints as, as an exact fraction: ``exact(0.1) == Fraction(1, 10)``."""
-    return value if isinstance(value, Fraction) else Fraction(repr(float(value)))  # NumPy's floats print a type
+    return value if isinstance(value, Fraction) else Fraction(str(value))
 
 
 def check_sparsity(value: float) -> float:
     """Return `value` if it is a sparsity in [0, 1); ValueError names it otherwise (NaN included)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         raise ValueError(f"sparsity is {value!r}; expected a number in [0, 1), the share of bytes not read")
     return value
 
 
 def check_rho(value: float) -> float:
     """Return `value` if it is a rho in [0, 1]; ValueError names it otherwise (NaN included)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"rho is {value!r}; expected a number in [0, 1], the sparse path's share of the budget")
     return value
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from rsparse import accounting, calibrate
 from rsparse.accounting import Split
@@ -20,7 +21,7 @@ from rsparse.methods import METHODS, Request
 from rsparse.models import SCOPES, DecoderLinear, check_model, decoder_linears, scope_share
 from rsparse.protocol import TokenProtocol, Tokens, check_tokens
 from rsparse.recipe import DENSE, Ask, Recipe
-from rsparse.thresholds import column_norms
+from rsparse.thresholds import THRESHOLDS, column_norms
 
 REALISED_TOKENS = 1024
 """`sparsify` measures the realised sparsity on as many calibration tokens, or on the first sample if
@@ -126,12 +127,10 @@ def sparsify(
     """Replace the decoder linears of `model`, a Hugging Face Llama or Mistral causal LM, in place.
 
     method: a name in METHODS. sparsity: model-level, in [0, 1). rho, score: of r-sparse; other methods fix
-    their own. threshold: "static" (a quantile over calibration tokens of the dense model),
-    "static-sequential" (linear by linear, on the model that is sparse up to there) or "per-token" (exact
-    top-k). tokens: which positions are sparse, see rsparse.protocol. scope: "all", "mlp" or "attention".
-    calibration: token ids, LongTensor (samples, length), or a `Calibration` that several calls share; needed
-    for static thresholds. recipe: overrides sparsity, rho, score and threshold linear by linear (r-sparse
-    only). store: where low-rank factors are kept between runs.
+    their own. threshold: one of THRESHOLDS, see rsparse.calibrate. tokens: which positions are sparse, see
+    rsparse.protocol. scope: "all", "mlp" or "attention". calibration: token ids, LongTensor (samples, length),
+    or a `Calibration` that several calls share; needed for static thresholds. recipe: overrides sparsity, rho,
+    score and threshold linear by linear (r-sparse only). store: where low-rank factors are kept between runs.
 
     A model that is sparse already is restored first. Raises ValueError, with the model as it was, for a value
     that is not allowed; ValueError too where the weights are not in memory.
@@ -139,38 +138,22 @@ def sparsify(
     asks, linears = _plan(model, method, sparsity, rho, score, threshold, scope, recipe)
     check_tokens(tokens)
     splits = {x.name: _split(x, asks[x.name]) for x in linears}
-    norms = {x.name: _norms(x, asks[x.name]) for x in linears}
     calibrated = [x for x in linears if _needs_calibration(asks[x.name], splits[x.name])]
-    if calibrated:
-        if calibration is None:
-            raise ValueError(
-                "calibration is None; static thresholds need token ids, a LongTensor (samples, length)"
-            )
-        if not isinstance(calibration, Calibration):
-            calibration = Calibration(model, calibration)
-        if calibration.model is not model:
-            raise ValueError(
-                "calibration was gathered from another model object; expected one made for this model"
-            )
-
+    calibration = _check_calibration(model, calibration) if calibrated else None
+    norms = {x.name: _norms(x, asks[x.name]) for x in linears}
     with _from_dense(model):
-        protocol = TokenProtocol("all")
-        store = store or default_store()
-        modules = {
-            x.name: _build(x, asks[x.name], splits[x.name], norms[x.name], protocol, store)
-            for x in linears
-            if asks[x.name].sparsity > 0
-        }
-        _set_dense_thresholds(calibrated, asks, splits, norms, modules, calibration)
+        protocol, store = TokenProtocol("all"), store or default_store()
+        sparse = [x for x in linears if asks[x.name].sparsity > 0]
+        bar = tqdm(sparse, desc="factors", leave=False, delay=2)  # nothing to see where they are stored
+        modules = {x.name: _build(x, splits[x.name], norms[x.name], protocol, store) for x in bar}
+        by_threshold = {name: [x for x in calibrated if asks[x.name].threshold == name] for name in THRESHOLDS}
+        at_once = by_threshold["static"] + by_threshold["static-dense"]
+        calibrate.set_at_once(calibration, at_once, norms, modules)
         report = Report(method, scope, recipe.name if recipe else "", tokens,
                         "recipe" if recipe else threshold, _asked(linears, asks), ())  # fmt: skip
-        _install(model, protocol, [(x, modules[x.name]) for x in linears if x.name in modules], report)
-        again = [x for x in calibrated if asks[x.name].threshold == "static"]
-        if again:
-            calibrate.settle(model, calibration.ids, again, norms)
-        in_order = [x.name for x in calibrated if asks[x.name].threshold == "static-sequential"]
-        if in_order:
-            calibrate.set_in_order(model, calibration.ids, [modules[name] for name in in_order])
+        _install(model, protocol, [(x, modules[x.name]) for x in sparse], report)
+        calibrate.settle(model, calibration, by_threshold["static"], norms)
+        calibrate.set_in_order(model, calibration, [modules[x.name] for x in by_threshold["static-sequential"]])
         lines = (_line(x, asks[x.name], splits[x.name], modules.get(x.name)) for x in linears)
         model._rsparse.report = report = replace(report, linears=tuple(lines))
         if calibrated:
@@ -289,26 +272,21 @@ def _norms(linear: DecoderLinear, ask: Ask) -> Tensor | None:
     return column_norms(linear.module.weight) if ask.score == "column-norm" and ask.sparsity > 0 else None
 
 
+def _check_calibration(model: nn.Module, calibration: Tensor | Calibration | None) -> Calibration:
+    if calibration is None:
+        raise ValueError("calibration is None; static thresholds need token ids, a LongTensor (samples, length)")
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(model, calibration)
+    if calibration.model is not model:
+        raise ValueError("calibration was gathered from another model object; expected one made for this model")
+    return calibration
+
+
 def _build(
-    linear: DecoderLinear,
-    ask: Ask,
-    split: Split,
-    norms: Tensor | None,
-    protocol: TokenProtocol,
-    store: FactorStore,
+    linear: DecoderLinear, split: Split, norms: Tensor | None, protocol: TokenProtocol, store: FactorStore
 ) -> SparseLinear:
     factors = store.get(linear.module.weight, split.rank) if split.rank else None
     return SparseLinear(linear.module, split, protocol, factors, norms)
-
-
-def _set_dense_thresholds(calibrated, asks, splits, norms, modules, calibration) -> None:
-    """Thresholds from one pass over the dense model, which all settings of a score share."""
-    at_once = [x for x in calibrated if asks[x.name].threshold in ("static", "static-dense")]
-    if at_once:
-        calibration.gather(at_once, norms)
-    for x in at_once:
-        statistics = calibration.statistics(x, norms[x.name])
-        modules[x.name].threshold = statistics.quantile(1 - splits[x.name].kept / x.shape[1])
 
 
 def _threshold(module: SparseLinear | None, split: Split) -> float:
@@ -326,25 +304,20 @@ def _asked(linears: Sequence[DecoderLinear], asks: dict[str, Ask]) -> float:
 
 def _line(linear: DecoderLinear, ask: Ask, split: Split, module: SparseLinear | None) -> LinearReport:
     m, n = linear.shape
-    planned = math.nan, math.nan  # to be measured
-    if not _needs_calibration(ask, split):
-        planned = float(split.sparsity), 0.0
+    measured_later = _needs_calibration(ask, split)
     return LinearReport(
-        linear.name,
-        linear.layer,
-        linear.kind,
-        m,
-        n,
-        float(m * n * linear.weight_bytes),
-        ask.sparsity,
-        ask.rho,
-        ask.score,
-        split.kept,
-        split.rank,
-        _threshold(module, split),
-        float(split.read),
-        *planned,
-    )
+        linear.name, linear.layer, linear.kind, m, n,
+        dense_bytes=float(m * n * linear.weight_bytes),
+        sparsity=ask.sparsity,
+        rho=ask.rho,
+        score=ask.score,
+        kept=split.kept,
+        rank=split.rank,
+        threshold=_threshold(module, split),
+        read=float(split.read),
+        realised=math.nan if measured_later else float(split.sparsity),
+        spread=math.nan if measured_later else 0.0,
+    )  # fmt: skip
 
 
 def _with_tally(line: LinearReport, tally: KeptTally | None) -> LinearReport:

@@ -21,6 +21,9 @@ def check_ids(ids: Tensor, model: nn.Module, what: str) -> Tensor:
         raise ValueError(f"{what} is a {found}; expected token ids, a LongTensor (samples, length)")
     if ids.numel() == 0:
         raise ValueError(f"{what} has shape {tuple(ids.shape)}; expected at least one token")
+    if ids.shape[1] > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise ValueError(f"{what} has rows of {ids.shape[1]} tokens; expected at most {limit}, the model's positions")
     low, high, vocabulary = int(ids.min()), int(ids.max()), model.config.vocab_size
     if low < 0 or high >= vocabulary:
         raise ValueError(f"{what} holds token id {low if low < 0 else high}; expected 0..{vocabulary - 1}")
@@ -88,10 +91,29 @@ class Calibration:
         return self._found[statistics_key(linear, norms)]
 
     def gather(self, linears: Sequence[DecoderLinear], norms: dict[str, Tensor | None]) -> None:
-        """Collect what is missing for `linears` in one pass; the model must be dense."""
+        """Collect what is missing for `linears` in one pass; ValueError unless the model is dense."""
+        if hasattr(self.model, "_rsparse"):
+            raise ValueError("the model is sparse; expected a dense one, see rsparse.restore")
         missing = [x for x in linears if statistics_key(x, norms[x.name]) not in self._found]
         if missing:
             self._found |= collect(self.model, self.ids, missing, norms)
+
+
+def set_at_once(
+    calibration: Calibration,
+    linears: Sequence[DecoderLinear],
+    norms: dict[str, Tensor | None],
+    modules: dict[str, SparseLinear],
+) -> None:
+    """Threshold "static-dense": quantiles of the dense model's scores, one pass that all settings of a score share.
+
+    What published codes do, and where "static" begins.
+    """
+    if linears:
+        calibration.gather(linears, norms)
+    for x in linears:
+        statistics = calibration.statistics(x, norms[x.name])
+        modules[x.name].threshold = statistics.quantile(1 - modules[x.name].split.kept / x.shape[1])
 
 
 ROUNDS = 3
@@ -99,15 +121,15 @@ ROUNDS = 3
 
 
 def settle(
-    model: nn.Module, ids: Tensor, linears: Sequence[DecoderLinear], norms: dict[str, Tensor | None]
+    model: nn.Module, calibration: Calibration, linears: Sequence[DecoderLinear], norms: dict[str, Tensor | None]
 ) -> None:
-    """Read the quantiles again on the sparse model, `ROUNDS` times, and set the thresholds of `linears` by them.
+    """Threshold "static": read the quantiles again on the sparse model, `ROUNDS` times.
 
     Activations of a sparse model are smaller than the dense model's, so thresholds read there skip too much.
-    Streams like `collect`: a round costs one pass over `ids` (samples, length).
+    Streams like `collect`: a round costs one pass over the calibration tokens, and memory does not grow with them.
     """
-    for _ in range(ROUNDS):
-        found = collect(model, ids, linears, norms)
+    for _ in range(ROUNDS if linears else 0):
+        found = collect(model, calibration.ids, linears, norms)
         for x in linears:
             module = getattr(x.parent, x.attribute)
             share = 1 - module.split.kept / x.shape[1]
@@ -115,12 +137,12 @@ def settle(
 
 
 @torch.no_grad()
-def set_in_order(model: nn.Module, ids: Tensor, linears: Sequence[SparseLinear]) -> None:
-    """Static thresholds linear by linear, each on the inputs that the sparse linears before it leave.
+def set_in_order(model: nn.Module, calibration: Calibration, linears: Sequence[SparseLinear]) -> None:
+    """Threshold "static-sequential": linear by linear, each on the inputs that the sparse linears before it leave.
 
-    One forward pass of all of `ids` (samples, length) at once: every linear sets its threshold from the batch
-    that reaches it, then goes on sparse. Holds one layer's activations of all tokens; the model's token
-    protocol must be "all".
+    One forward pass of all calibration tokens at once: every linear sets its threshold from the batch that reaches
+    it, then goes on sparse. Holds one layer's activations of all tokens, so it is for small models; the model's
+    token protocol must be "all".
     """
 
     def set_threshold(module: SparseLinear, args: tuple[Tensor]) -> None:
@@ -129,9 +151,11 @@ def set_in_order(model: nn.Module, ids: Tensor, linears: Sequence[SparseLinear])
             statistics.add(sample)
         module.threshold = statistics.quantile(1 - module.split.kept / module.in_features)
 
+    if not linears:
+        return
     handles = [linear.register_forward_pre_hook(set_threshold) for linear in linears]
     try:
-        model.model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+        model.model(input_ids=calibration.ids.to(model.get_input_embeddings().weight.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

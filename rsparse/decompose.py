@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rsparse.files import atomic_path
+from rsparse.paths import cache_folder
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Factors:
     @property
     def rank(self) -> int:
         return self.A.shape[1]
+
+    @property
+    def sigma(self) -> Tensor:
+        """Singular values (r,), largest first."""
+        return self.A.norm(dim=0)
 
     def leading(self, rank: int) -> Factors:
         """The first `rank` components (a view)."""
@@ -50,9 +56,8 @@ def svd_factors(weight: Tensor, rank: int) -> Factors:
     W = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device).double()
     if m < n:
         transposed = _tall_factors(W.T.contiguous(), rank)
-        sigma = transposed.A.norm(dim=0)
-        unit = transposed.A / sigma.clamp_min(torch.finfo(torch.float64).tiny)
-        return Factors(transposed.B * sigma, unit)
+        sigma = transposed.sigma
+        return Factors(transposed.B * sigma, transposed.A / sigma.clamp_min(torch.finfo(torch.float64).tiny))
     return _tall_factors(W, rank)
 
 
@@ -88,22 +93,35 @@ class FactorStore:
 
     A stored rank serves every smaller rank, and only the columns asked for are read: a sweep should begin
     with its largest rank. Factors are computed in float64 and stored in the dtype they will run in.
+
+    computed: (m, n, seconds) of every decomposition made so far.
     """
+
+    VERSION = 1  # part of the file names: count up when `svd_factors` changes what it returns
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        self.computed: list[tuple[int, int, float]] = []
 
     def get(self, weight: Tensor, rank: int, dtype: torch.dtype | None = None) -> Factors:
         """Leading `rank` factors of `weight` on its device, as `dtype` (default: the weight's)."""
         dtype = dtype or weight.dtype
-        path = self.folder / f"{weight_key(weight)}-{str(dtype).removeprefix('torch.')}.safetensors"
-        stored = self._read(path, rank, weight.device)
+        name = f"{weight_key(weight)}-{str(dtype).removeprefix('torch.')}-v{self.VERSION}.safetensors"
+        stored = self._read(self.folder / name, rank, weight.device)
         if stored is None:
-            factors = svd_factors(weight, rank)
-            stored = factors.to(dtype)
-            self._write(path, stored)
+            stored = self.compute(weight, rank).to(dtype)
+            self._write(self.folder / name, stored)
             stored = stored.to(weight.device)
         return stored
+
+    def compute(self, weight: Tensor, rank: int) -> Factors:
+        """`svd_factors`, with its time noted; nothing is read or stored."""
+        started = time.monotonic()
+        factors = svd_factors(weight, rank)
+        if weight.device.type == "cuda":
+            torch.cuda.synchronize(weight.device)
+        self.computed.append((*weight.shape, time.monotonic() - started))
+        return factors
 
     @staticmethod
     def _read(path: Path, rank: int, device: torch.device) -> Factors | None:
@@ -122,25 +140,21 @@ class FactorStore:
 
 
 def default_store() -> FactorStore:
-    """The store under ``$RSPARSE_CACHE`` (default ``~/.cache/rsparse``)."""
-    root = os.environ.get("RSPARSE_CACHE") or Path.home() / ".cache" / "rsparse"
-    return FactorStore(Path(root) / "factors")
+    """The store in the cache folder, see rsparse.paths."""
+    return FactorStore(cache_folder() / "factors")
 
 
 @torch.no_grad()
-def score_map(weight: Tensor, mean_abs: Tensor) -> Tensor:
-    """S_ij = E|sigma_i x_j V_ji|, shape (min(m, n), n), float32: row i a component, column j an input channel.
+def score_map(factors: Factors, mean_abs: Tensor) -> Tensor:
+    """S_ij = E|sigma_i x_j V_ji|, shape (r, n), float32: row i a component, column j an input channel.
 
     It factorises into sigma_i |V_ji| E|x_j| (R-Sparse, section 3.2), so the mean over tokens of |x|,
     `mean_abs` of shape (n,), is all that it takes from the activations. Rows descend in sigma.
     """
-    factors = svd_factors(weight, min(weight.shape))
-    sigma, V = factors.A.norm(dim=0), factors.B
-    return (sigma[:, None] * V.T.abs() * mean_abs.to(V)).float()
+    return (factors.sigma[:, None] * factors.B.T.abs() * mean_abs.to(factors.B)).float()
 
 
-@torch.no_grad()
-def stable_rank(weight: Tensor) -> float:
-    """||W||_F^2 / ||W||_2^2, between 1 and min(m, n)."""
-    W = weight.detach().double()
-    return float(W.square().sum() / torch.linalg.matrix_norm(W, 2).square())
+def stable_rank(sigma: Tensor) -> float:
+    """||W||_F^2 / ||W||_2^2 of the matrix with the singular values `sigma` (min(m, n),), all of them: >= 1."""
+    energy = sigma.double().square()
+    return float(energy.sum() / energy.max())

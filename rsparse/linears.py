@@ -84,11 +84,12 @@ class SparseLinear(nn.Module):
             self.tally.add(keep if sparse is None else keep[sparse])
         if sparse is not None:
             keep = keep | ~sparse[..., None]
+        kept = x * keep  # several times faster on a CPU than `where`; a dropped inf becomes NaN, and surfaces
         if self.A is None:
-            return self.dense(torch.where(keep, x, 0))
+            return self.dense(kept)
         if sparse is None and self.split.kept == 0:
             return low_rank(x, self.A, self.B, self.bias)
-        return self.dense(torch.where(keep, x, 0)) + low_rank(torch.where(keep, 0, x), self.A, self.B)
+        return self.dense(kept) + low_rank(x - kept, self.A, self.B)
 
     def extra_repr(self) -> str:
         return f"kept={self.split.kept}, rank={self.split.rank}, threshold={self.threshold}"
@@ -100,12 +101,11 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Ten
 
 
 class KeptTally:
-    """Kept channels per token of one linear, streamed: count, mean, spread, and extremes over tokens."""
+    """Kept channels per token of one linear, streamed: count, mean and spread over tokens."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.total = self.squares = 0.0
-        self.most = 0
 
     def add(self, keep: Tensor) -> None:
         """Count a mask (..., n), one row a token."""
@@ -114,7 +114,6 @@ class KeptTally:
             self.tokens += kept.numel()
             self.total += float(kept.sum())
             self.squares += float(kept.square().sum())
-            self.most = max(self.most, int(kept.max()))
 
     @property
     def mean(self) -> float:
@@ -126,19 +125,3 @@ class KeptTally:
         if not self.tokens:
             return math.nan
         return math.sqrt(max(self.squares / self.tokens - self.mean**2, 0.0))
-
-
-def reference_output(
-    x: Tensor, weight: Tensor, keep: Tensor, factors: Factors | None, bias: Tensor | None = None
-) -> Tensor:
-    """The same function in float64 and in three lines, for a given mask: what tests compare with."""
-    W, x = weight.double(), x.double()
-    y = torch.where(keep, x, 0) @ W.T
-    if factors is not None:
-        y = y + torch.where(keep, 0, x) @ factors.B.double() @ factors.A.double().T
-    return y if bias is None else y + bias.double()
-
-
-def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
-    """Every `SparseLinear` of `model` by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import cached_file
 
 from rsparse.accounting import BYTES
 from rsparse.paths import ROOT
@@ -128,11 +129,14 @@ def scope_share(linears: list[DecoderLinear], scope: str) -> Fraction:
 def fingerprint(model: PreTrainedModel) -> str:
     """Identity of a checkpoint, cheap and the same in every dtype it may be loaded in.
 
-    Hashes names and shapes of the decoder linears and a sample of their weights, rounded to bfloat16.
+    Hashes names and shapes of the decoder linears and a sample of their weights, rounded to bfloat16, with what
+    float16 has no normal number for as 0. (A checkpoint stored in float32 has another one in float16, which
+    rounds it twice.)
     """
     digest = hashlib.sha256()
     for linear in decoder_linears(model):
         sample = linear.module.weight.detach()[:2, :64].to(torch.bfloat16).float().cpu()
+        sample[sample.abs() < torch.finfo(torch.float16).tiny] = 0
         digest.update(f"{linear.name} {linear.shape}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -150,6 +154,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    check_device(device)
     cap_gpu_memory(device)
     if name.startswith("random:"):
         return random_model(shape_config(name.removeprefix("random:")), dtype, device, seed)
@@ -159,6 +164,30 @@ def load_model(
         name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **place
     )
     return (model if device_map else model.to(device)).eval()
+
+
+def depth(name: str) -> int:
+    """Number of decoder blocks of the model called `name`, without loading its weights."""
+    if name.startswith("random:"):
+        return shape_config(name.removeprefix("random:")).num_hidden_layers
+    return PretrainedConfig.get_config_dict(check_checkpoint(name))[0]["num_hidden_layers"]
+
+
+def check_device(device: str) -> None:
+    """ValueError unless torch can compute on `device` here."""
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; expected a torch device such as 'cpu' or 'cuda'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch {torch.__version__} sees no GPU here; expected 'cpu'")
+
+
+def revision(name: str) -> str:
+    """The hub's commit behind the hub id `name`, as it lies in the local cache; "" for anything else."""
+    if name.startswith("random:") or Path(check_checkpoint(name)).is_dir():
+        return ""
+    return Path(cached_file(name, "config.json")).parent.name  # .../snapshots/COMMIT/config.json
 
 
 def cap_gpu_memory(device: str) -> None:

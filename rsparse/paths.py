@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +44,28 @@ class Checkout:
 
 
 HERE = Checkout(ROOT)
+
+
+def cache_folder() -> Path:
+    """Where low-rank factors, and rows that cannot go into the checkout, are kept: ``$RSPARSE_CACHE``, or
+    ``~/.cache/rsparse``, or a temporary folder where the home folder cannot be written."""
+    if named := os.environ.get("RSPARSE_CACHE"):
+        return Path(named)
+    folder = Path.home() / ".cache" / "rsparse"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir()) / f"rsparse-{os.getuid()}"
+
+
+def stamp(name: str) -> list[tuple[str, int, int]]:
+    """What changes with the files of a folder that a parameter names (``FOLDER`` or ``NAME:FOLDER``): name, size
+    and time of change of each; empty for anything else, such as a hub id."""
+    for folder in (Path(name), ROOT / name, Path(name.partition(":")[2])):
+        if name and str(folder) != "." and folder.is_dir():
+            found = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+            return [(path.relative_to(folder).as_posix(), s.st_size, s.st_mtime_ns) for path, s in found]
+    return []

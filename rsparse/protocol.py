@@ -11,7 +11,8 @@ of the model reads.
     float f     the first floor(f N) dense           float -f    only the last floor(f N) sparse
 
 N is the row's unpadded length; floors are taken in exact decimals; 1 and 1.0 differ. Inputs that continue a
-key-value cache are always sparse. Without `rows`, a call of several tokens is a prompt.
+key-value cache are always sparse. Without `rows`, a call of several tokens is a prompt; so is every step of
+`generate(use_cache=False)`, which feeds the whole text again.
 """
 
 from __future__ import annotations
@@ -144,7 +145,14 @@ class TokenProtocol:
 
 
 def real_positions(attention_mask: Tensor | None, rows: int, width: int) -> Tensor:
-    """Boolean mask (rows, width) on the CPU, False at padding on either side."""
-    if attention_mask is None or attention_mask.dim() != 2:
+    """Boolean mask (rows, width) on the CPU, False at padding on either side.
+
+    attention_mask: (rows, width or more); or (rows, 1, queries, keys), as `generate` makes it for a static cache,
+    boolean or additive: there a padding position does not attend even to itself.
+    """
+    if attention_mask is None:
         return torch.ones(rows, width, dtype=torch.bool)
-    return attention_mask[:, -width:].bool().cpu()
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -width:].bool().cpu()
+    itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :width]
+    return (itself if itself.dtype == torch.bool else itself == 0).expand(rows, width).cpu()

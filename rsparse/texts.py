@@ -26,6 +26,7 @@ CORPORA = {
     "wikitext2": ("Salesforce/wikitext", {"calibration": "train", "heldout": "validation"}),
     "xsum": ("EdinburghNLP/xsum", {"calibration": "train", "heldout": "test"}),
 }  # fmt: skip
+WIKITEXT = "wikitext-2-raw-v1"
 ROLES = ("calibration", "heldout")
 
 
@@ -71,15 +72,13 @@ def token_ids(
 
 def summaries(name: str, items: int) -> list[Summary]:
     """The first `items` articles of ``tiny`` or ``xsum`` (test split) with their reference summaries."""
-    check_text(name, "heldout")
+    check_summaries(name)
     if name == "tiny":
         pairs = map(json.loads, (TINY_TEXT / "summaries.jsonl").read_text(encoding="utf-8").splitlines())
         found = [Summary(x["article"], x["summary"]) for x in islice(pairs, items)]
-    elif name.partition(":")[0] == "xsum":
+    else:
         rows = _rows(name, "heldout")
         found = [Summary(" ".join(x["document"].split()), x["summary"]) for x in islice(rows, items)]
-    else:
-        raise ValueError(f"text {name!r} has no summaries; expected 'tiny', 'xsum' or 'xsum:FOLDER'")
     if len(found) < items:
         raise ValueError(f"text {name!r} has {len(found)} summaries; expected at least {items}")
     return found
@@ -96,6 +95,13 @@ def check_text(name: str, role: str) -> None:
         )
     if local and not (folder and Path(folder).is_dir()):
         raise ValueError(f"text {name!r} names no existing folder; expected {corpus}:FOLDER")
+
+
+def check_summaries(name: str) -> None:
+    """ValueError unless `name` is a text with summaries; opens no file and no connection."""
+    check_text(name, "heldout")
+    if name.partition(":")[0] not in ("tiny", "xsum"):
+        raise ValueError(f"text {name!r} has no summaries; expected 'tiny', 'xsum' or 'xsum:FOLDER'")
 
 
 def _documents(name: str, role: str) -> Iterator[str]:
@@ -120,7 +126,7 @@ def _rows(name: str, role: str) -> Iterator[dict]:
     elif corpus == "c4":
         yield from load_dataset(repository, data_files=splits[role], split="train", streaming=True)
     else:
-        config = "wikitext-2-raw-v1" if corpus == "wikitext2" else None
+        config = WIKITEXT if corpus == "wikitext2" else None
         yield from load_dataset(repository, config, split=splits[role])
 
 
@@ -128,6 +134,8 @@ def _local_files(folder: Path, split: str) -> dict:
     """load_dataset arguments for the files of `folder` whose name holds the split's as a word."""
     wanted = Path(split).name.split(".")[0].removeprefix("c4-")
     named = re.compile(rf"(?<![a-z]){wanted}(?![a-z]).*\.(parquet|json|jsonl|json\.gz|jsonl\.gz)$")
+    if (folder / WIKITEXT).is_dir():  # a copy of the whole repository, whose other folders are other corpora
+        folder = folder / WIKITEXT
     files = sorted(p for p in folder.rglob("*") if named.search(p.name))
     if not files:
         raise ValueError(f"folder {str(folder)!r} has no parquet or json file of the split {wanted!r}")

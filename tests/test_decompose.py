@@ -150,15 +150,13 @@ def test_score_map_is_the_mean_over_tokens(shape):
     W, x = random(*shape).float(), random(50, shape[1], seed=1).float()
     _, sigma, Vh = np.linalg.svd(W.numpy(), full_matrices=False)
     brute = np.abs(sigma[:, None] * x.numpy()[:, None, :] * Vh).mean(0)  # over tokens: (components, channels)
-    found = score_map(W, x.abs().mean(0))
+    found = score_map(svd_factors(W, 6), x.abs().mean(0))
     assert found.shape == (6, shape[1]) and found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), brute, rtol=2e-4, atol=1e-6)
 
 
 def test_stable_rank():
-    assert stable_rank(torch.eye(7)) == pytest.approx(7)
-    assert stable_rank(torch.outer(torch.arange(1.0, 5), torch.ones(3))) == pytest.approx(1)
-    assert stable_rank(torch.diag(torch.tensor([3.0, 4.0])).bfloat16()) == pytest.approx(25 / 16)
+    assert stable_rank(torch.ones(7)) == pytest.approx(7)
+    assert stable_rank(torch.tensor([3.0, 4.0]).bfloat16()) == pytest.approx(25 / 16)
     W = random(20, 30)
-    S = np.linalg.svd(W.numpy(), compute_uv=False)
-    assert stable_rank(W) == pytest.approx((S**2).sum() / S[0] ** 2)
+    assert stable_rank(svd_factors(W, 20).sigma) == pytest.approx(np.linalg.norm(W) ** 2 / np.linalg.norm(W, 2) ** 2)

@@ -5,15 +5,28 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rsparse.accounting import Split, split_budget
 from rsparse.decompose import Factors, svd_factors
-from rsparse.linears import KeptTally, SparseLinear, low_rank, reference_output, sparse_linears
+from rsparse.linears import KeptTally, SparseLinear, low_rank
 from rsparse.protocol import TokenProtocol
 from rsparse.thresholds import column_norms
 
 M, N = 48, 64
+
+
+def reference_output(
+    x: Tensor, weight: Tensor, keep: Tensor, factors: Factors | None, bias: Tensor | None = None
+) -> Tensor:
+    """R-Sparse's linear in float64 and in three lines, for a given mask."""
+    W, x = weight.double(), x.double()
+    y = torch.where(keep, x, 0) @ W.T
+    if factors is not None:
+        y = y + torch.where(keep, 0, x) @ factors.B.double() @ factors.A.double().T
+    return y if bias is None else y + bias.double()
+
+
 MIXED = 0.5  # of 10 positions the last 5 are sparse
 
 
@@ -158,7 +171,6 @@ def test_it_stands_in_for_the_linear_it_wraps():
     assert linear.weight is linear.dense.weight and linear.bias is linear.dense.bias
     assert (linear.in_features, linear.out_features) == (N, M)
     assert "kept=20, rank=6" in repr(linear) and not [k for k in linear.state_dict() if "dense" not in k]
-    assert sparse_linears(nn.Sequential(linear, nn.Linear(2, 2))) == {"0": linear}
 
 
 def test_low_rank_is_two_thin_products():
@@ -171,7 +183,7 @@ def test_the_tally_counts_sparse_positions_only():
     linear.tally = KeptTally()
     linear(x)
     kept = (x[:, 5:].abs() > 0.7).sum(-1).double().flatten()
-    assert linear.tally.tokens == 10 and linear.tally.most == int(kept.max())
+    assert linear.tally.tokens == 10
     assert linear.tally.mean == pytest.approx(float(kept.mean()))
     assert linear.tally.spread == pytest.approx(float(kept.std(correction=0)))
 

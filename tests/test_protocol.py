@@ -145,6 +145,23 @@ def test_masks_of_the_attention():
     assert real_positions(None, 2, 4).all() and real_positions(torch.zeros(2, 1, 4, 4), 2, 4).all()
 
 
+@pytest.mark.parametrize("shape", ["llama-2-7b", "mistral-7b"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("tokens", [0.5, 3, -3, "scored", "decode"])
+def test_a_static_cache_tells_padding_too(build, ids, shape, attention, tokens):
+    model = build(shape=shape, **(dict(sliding_window=8) if shape == "mistral-7b" else {}))
+    model.set_attn_implementation(attention)
+    rsparse.sparsify(model, "teal", 0.5, threshold="per-token", tokens=tokens)
+    mask = torch.ones_like(ids[:2, :12])
+    mask[1, :6] = 0
+    seen = []
+    model.model.register_forward_pre_hook(lambda *_: seen.append(model._rsparse.protocol.positions), prepend=False)
+    options = dict(attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    found = [model.generate(ids[:2, :12], cache_implementation=cache, **options) for cache in (None, "static")]
+    assert found[0].equal(found[1])
+    assert seen[0].equal(seen[len(seen) // 2]) and not seen[0][1, :6].any()
+
+
 THRESHOLDS = ["per-token", "static", "static-sequential"]
 
 

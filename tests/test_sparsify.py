@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import rsparse
 from rsparse import Recipe
-from rsparse.apply import protocol_of, report_of, tokens_as
+from rsparse.apply import REALISED_TOKENS, protocol_of, report_of, tokens_as
 from rsparse.decompose import FactorStore
-from rsparse.linears import sparse_linears
+from rsparse.linears import SparseLinear
 from rsparse.models import (
     decoder_linears,
     load_model,
@@ -49,6 +49,11 @@ ASKED = {
     "attention": dict(method="r-sparse", scope="attention", sparsity=0.2),
 }
 every_request = pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+
+
+def sparse_linears(model) -> dict[str, SparseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
 
 
 @every_model
@@ -425,7 +430,7 @@ def test_nan_surfaces_in_the_logits(build, ids, logits, where):
 class TestTiny:
     """The embedded default: a trained model, its own calibration text and held-out text."""
 
-    CALIBRATION, HELDOUT = (16, 256), (8, 256)
+    CALIBRATION, HELDOUT = (16, 256), (6, 256)
 
     @pytest.fixture
     def tiny(self):
@@ -434,13 +439,32 @@ class TestTiny:
         return load_model("tiny"), *(token_ids("tiny", role, tokenizer, *size) for role, size in texts)
 
     @pytest.mark.parametrize("method", ["teal", "r-sparse", "low-rank"])
-    def test_planned_requested_and_realised(self, tiny, method):
+    @pytest.mark.parametrize("sparsity", [0.5, 0.7])
+    def test_planned_requested_and_realised(self, tiny, method, sparsity):
         model, calibration, heldout = tiny
-        report = rsparse.sparsify(model, method, 0.5, calibration=calibration)
+        report = rsparse.sparsify(model, method, sparsity, calibration=calibration)
         found = rsparse.measure(model, heldout)
-        assert 0.5 <= report.planned <= 0.505
+        assert sparsity <= report.planned <= sparsity + 0.005
         assert abs(found.realised - found.planned) <= 0.01
         assert found.spread < 0.2 and abs(found.worst.realised - (1 - found.worst.read)) < 0.2
+
+    def test_calibration_streams(self, tiny, monkeypatch):
+        """No tensor of a static calibration is larger than one sample's, however many samples there are."""
+        model, calibration, _ = tiny
+        largest = []
+
+        def see(module, args, output):
+            largest.append(max(x.numel() for x in (*args, output) if isinstance(x, torch.Tensor)))
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(see)
+        for samples in (1, 8):
+            largest.clear()
+            rsparse.sparsify(model, "teal", 0.5, calibration=calibration[:samples])
+            measured_at_once = max(1, REALISED_TOKENS // self.CALIBRATION[1])
+            assert measured_at_once == 4 and len(largest) == 7 * 6 * (4 * samples + min(samples, measured_at_once))
+            assert max(largest) == self.CALIBRATION[1] * model.config.intermediate_size
 
     def test_quality_falls_with_sparsity(self, tiny):
         model, calibration, heldout = tiny

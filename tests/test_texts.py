@@ -56,6 +56,9 @@ def corpus(request, tmp_path):
             {column: text, "summary": f"{split}{i}", "id": str(i)} for i, text in enumerate(documents(split))
         ]
         write(tmp_path, pattern.format(split), rows)
+    if request.param == "wikitext2":  # the repository holds four corpora
+        write(tmp_path, "wikitext-103-raw-v1/train-00000-of-00002.parquet", [{column: "other " * 99}])
+        write(tmp_path, "wikitext-2-v1/validation-00000-of-00001.parquet", [{column: "other " * 99}])
     (tmp_path / "README.md").write_text("train validation test")
     (tmp_path / "latest.json").write_text("no corpus, but its name holds 'test'")
     name = "xsum" if request.param == "jsonl" else request.param

@@ -195,7 +195,8 @@ PLANTS = _names(160, ("wort", "bell", "leaf", "root"))
 # Named in science passages only, no fixed facts; short common words, so that each is a single token.
 SPECIES = tuple("crab mole toad wolf deer hare lion goat swan duck crow dove hawk moth wasp newt frog seal "
                 "otter tiger camel horse mouse snake whale shark eagle robin raven heron stork finch squid "
-                "snail zebra lynx hyena koala panda sloth skunk badger beaver donkey rabbit lizard turtle parrot".split())
+                "snail zebra lynx hyena koala panda sloth skunk badger beaver donkey rabbit lizard turtle "
+                "parrot".split())
 
 KINDS = (
     Kind("town", "town", TOWNS, (
