@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -19,6 +20,7 @@ from rsparse.protocol import first_sparse
 from rsparse.texts import Summary
 
 LOGIT_ROWS = 512  # positions whose logits are held at once: 256 MiB in float32 at a vocabulary of 128,256
+BATCH_TOKENS = 16384  # prompt tokens of one batch of articles: 8 GiB of key-value cache for Llama-2-7B in 16 bits
 
 
 @torch.no_grad()
@@ -83,27 +85,63 @@ def influenced_share(model: nn.Module, length: int, context: int = 0) -> float:
 
 @torch.no_grad()
 def summarise(
-    model: nn.Module, tokenizer, items: Sequence[Summary], max_new_tokens: int = 64, batch_size: int = 8
-) -> list[str]:
+    model: nn.Module,
+    tokenizer,
+    items: Sequence[Summary],
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    bos: bool = True,
+) -> tuple[list[str], float]:
     """Greedy one-line summaries of the articles, in order, under the model's token protocol.
 
-    The prompt ends in "Summary:"; a summary ends at a line break or at end of sequence.
+    The prompt ends in "Summary:"; a summary ends at a line break or at end of sequence. An article is cut where
+    prompt and summary would outgrow the model's positions. bos: whether prompts begin with the tokenizer's special
+    tokens. Also returns the share of the generated tokens whose logits a sparse position influenced.
     """
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    device = model.get_input_embeddings().weight.device
-    found: list[str] = []
-    for start in tqdm(range(0, len(items), batch_size), desc="summaries", leave=False):
-        prompts = [item.prompt for item in items[start : start + batch_size]]
-        inputs = tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
-        ).to(device)
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-            stop_strings=["\n"], tokenizer=tokenizer,
-        )  # fmt: skip
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += [text.strip().split("\n")[0] for text in texts]
-    return found
+    device, protocol = model.get_input_embeddings().weight.device, protocol_of(model)
+    room = model.config.max_position_embeddings - max_new_tokens
+    prompts = [_prompt_ids(tokenizer, item, room, bos) for item in items]
+    found, generated, influenced = [""] * len(items), 0, 0
+    with tqdm(total=len(items), desc="summaries", leave=False) as bar:
+        for batch in _batches([len(ids) for ids in prompts], batch_size, BATCH_TOKENS):
+            inputs = {"input_ids": [prompts[i] for i in batch]}
+            inputs = tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(device)
+            output = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                stop_strings=["\n"], tokenizer=tokenizer,
+            )  # fmt: skip
+            for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :], strict=True):
+                found[i] = tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0]
+                count = max(1, int((ids != tokenizer.pad_token_id).sum()))
+                prompt_is_dense = protocol and first_sparse(protocol.tokens, len(prompts[i])) == len(prompts[i])
+                generated, influenced = generated + count, influenced + count - bool(prompt_is_dense)
+            bar.update(len(batch))
+    return found, influenced / generated if protocol else 0.0
+
+
+def _prompt_ids(tokenizer, item: Summary, room: int, bos: bool) -> list[int]:
+    """Token ids of the item's prompt, its article cut on the right until they are at most `room`."""
+    ids = tokenizer.encode(item.prompt, add_special_tokens=bos)
+    article = tokenizer.encode(item.article, add_special_tokens=False)
+    while len(ids) > room and article:
+        article = article[: len(article) - (len(ids) - room)]
+        ids = tokenizer.encode(replace(item, article=tokenizer.decode(article)).prompt, add_special_tokens=bos)
+    if len(ids) > room:
+        raise ValueError(f"prompts have {room} positions; expected at least {len(ids)}, those around an article")
+    return ids
+
+
+def _batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length: at most `rows` of them, and of `tokens` with padding unless alone."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == rows or (len(batch) + 1) * lengths[i] > tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def rouge_l(references: Sequence[Summary], generated: Sequence[str]) -> pd.DataFrame:

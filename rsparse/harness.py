@@ -11,10 +11,12 @@ import ast
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import lm_eval
@@ -47,6 +49,7 @@ class SparseLM(HFLM):
     """lm-eval model around a loaded Hugging Face model, dense or sparsified.
 
     scored, influenced: logits scored so far, and those that a sparse position at or before them influenced.
+    fed, seconds: tokens fed so far, and the time that took.
     """
 
     def __init__(
@@ -61,7 +64,8 @@ class SparseLM(HFLM):
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos,
             max_length=max_length,
         )  # fmt: skip
-        self.scored = self.influenced = 0
+        self.scored = self.influenced = self.fed = 0
+        self.seconds = 0.0
         self._pairs = _ENCODED.setdefault(tokenizer, {}).setdefault(bos, {})
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -77,6 +81,7 @@ class SparseLM(HFLM):
 
         Logits are computed for the scored positions alone, so a large vocabulary costs little memory.
         """
+        started = time.monotonic()
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         answers: list = [None] * len(requests)
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm, leave=False) as bar:
@@ -86,10 +91,14 @@ class SparseLM(HFLM):
                 for i, answer in zip(batch, found, strict=True):
                     answers[i] = answer
                 bar.update(len(batch))
+        self.seconds += time.monotonic() - started
         return answers
 
     def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """One batch of (context ids, continuation ids), padded on the right."""
+        if (longest := max(len(continuation) for _, continuation in rows)) > self.max_length:
+            limit = f"expected at most {self.max_length}, the model's positions"
+            raise ValueError(f"an answer has {longest} tokens; {limit}")
         shapes = [row_shape(len(context), len(continuation), self.max_length) for context, continuation in rows]
         self._count(shapes)
         ids = torch.zeros(len(rows), max(length for length, _ in shapes), dtype=torch.long)
@@ -109,6 +118,7 @@ class SparseLM(HFLM):
     def _count(self, shapes: Sequence[tuple[int, int]]) -> None:
         protocol = protocol_of(self.model)
         for length, context in shapes:
+            self.fed += length
             self.scored += length - context + 1
             if protocol:
                 self.influenced += length - max(first_sparse(protocol.tokens, length, context), context - 1)
@@ -167,20 +177,30 @@ def _literal(text: str) -> str | int | list:
     return ast.literal_eval(text) if text.isdigit() or (text[:1] == "[" and text[-1:] == "]") else text
 
 
+class Scored(NamedTuple):
+    """items: one row per item (task, item, acc, acc_norm where lm-eval defines it, margin). influenced: share of
+    the scored logits that a sparse position influenced. fed, seconds: tokens fed, and the time that took.
+
+    margin: log-probability of the gold option among the options, in nats, which moves where accuracy is blind.
+    """
+
+    items: pd.DataFrame
+    influenced: float
+    fed: int
+    seconds: float
+
+
 def score_tasks(
     model: nn.Module, tokenizer, suite: str, items: int | None = None, batch_size: int = 16, bos: bool = True
-) -> tuple[pd.DataFrame, float]:
-    """Score the eight tasks zero-shot under the model's token protocol.
-
-    items: the first so many of each task; None for all. Returns one row per item (task, item, acc, acc_norm
-    where lm-eval defines it, margin) and the influenced share of the scored logits. margin: log-probability
-    of the gold option among the options, in nats, which moves where accuracy is blind.
-    """
+) -> Scored:
+    """Score the eight tasks zero-shot under the model's token protocol; `items`: the first so many of each task,
+    None for all."""
     tasks = load_tasks(suite)
     lm = SparseLM(model, tokenizer, batch_size, bos)
     found = lm_eval.evaluate(lm, tasks, limit=items, log_samples=True, bootstrap_iters=0)["samples"]
     frames = [_item_rows(name, task, found[name]) for name, task in tasks.items()]
-    return pd.concat(frames, ignore_index=True), lm.influenced / max(lm.scored, 1)
+    influenced = lm.influenced / max(lm.scored, 1)
+    return Scored(pd.concat(frames, ignore_index=True), influenced, lm.fed, lm.seconds)
 
 
 def _item_rows(name: str, task: ConfigurableTask, samples: list[dict]) -> pd.DataFrame:

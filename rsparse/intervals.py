@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-METHODS = ("t", "percentile", "bca")
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -36,34 +34,34 @@ class Interval:
         return {"value": self.mean, "stderr": self.stderr, "low": self.low, "high": self.high, "n": self.n}
 
 
-def mean(values: ArrayLike, confidence: float = 0.95, method: str = "t", seed: int = 0,
-         resamples: int = 9999) -> Interval:
-    """Mean of one value per item, shape (n,), with its interval.
+def mean(values: ArrayLike, confidence: float = 0.95, counted: bool = False) -> Interval:
+    """Mean of one value per item, shape (n,), with Student's t interval of n - 1 degrees of freedom.
 
-    `method`: "t", Student's t with n - 1 degrees of freedom; "percentile" or "bca", the bootstrap of
-    scipy.stats.bootstrap over items, repeatable by `seed`. Values that are all equal give a width of zero.
-    Raises ValueError for no values, more than one axis, NaN or infinity, a confidence outside (0, 1), or an
-    unknown method.
+    counted: the values are 0 or 1, or differences of such. Items that are then all equal show no spread, but not
+    for want of any: their standard error is that of one item being otherwise, 1 / n, and their interval reaches as
+    far as the share of other items could be without one being seen (Clopper and Pearson). Measured values that are
+    all equal have none.
+
+    Raises ValueError for no values, more than one axis, NaN or infinity, or a confidence outside (0, 1).
     """
     sample = _sample("values", values)
-    _check(confidence, method)
+    _check(confidence)
     centre, n = float(sample.mean()), sample.size
     if n == 1:
         return Interval(centre, math.nan, math.nan, math.nan, 1)
     if np.ptp(sample) == 0:
-        return Interval(centre, centre, centre, 0.0, n)
+        return _unanimous(centre, n, confidence) if counted else Interval(centre, centre, centre, 0.0, n)
     stderr = float(sample.std(ddof=1) / math.sqrt(n))
-    if method == "t":
-        reach = stderr * float(stats.t.ppf(0.5 + confidence / 2, n - 1))
-        return Interval(centre, centre - reach, centre + reach, stderr, n)
-    found = stats.bootstrap((sample,), np.mean, confidence_level=confidence, n_resamples=resamples,
-                            method={"percentile": "percentile", "bca": "BCa"}[method], batch=500,
-                            rng=np.random.default_rng(seed)).confidence_interval
-    return Interval(centre, float(found.low), float(found.high), stderr, n)
+    reach = stderr * float(stats.t.ppf(0.5 + confidence / 2, n - 1))
+    return Interval(centre, centre - reach, centre + reach, stderr, n)
 
 
-def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, method: str = "t", seed: int = 0,
-           resamples: int = 9999) -> Interval:
+def _unanimous(value: float, n: int, confidence: float) -> Interval:
+    unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
+    return Interval(value, max(value - unseen, -1.0), min(value + unseen, 1.0), 1 / n, n)
+
+
+def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, counted: bool = False) -> Interval:
     """Mean of a - b over the same items in the same order, both of shape (n,), with its interval.
 
     What the two runs share (how hard each item is) cancels, so the interval is that of the difference, not of
@@ -72,7 +70,14 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, method: str = "
     first, second = _sample("a", a), _sample("b", b)
     if first.size != second.size:
         raise ValueError(f"paired values need the same items: a has {first.size}, b has {second.size}.")
-    return mean(first - second, confidence, method, seed, resamples)
+    return mean(first - second, confidence, counted)
+
+
+def share(found: int, n: int, confidence: float = 0.95) -> Interval:
+    """The share of `found` among `n` draws, with its exact interval (Clopper and Pearson)."""
+    exact = stats.binomtest(found, n).proportion_ci(confidence)
+    value = found / n
+    return Interval(value, float(exact.low), float(exact.high), math.sqrt(value * (1 - value) / n), n)
 
 
 def macro(intervals: Sequence[Interval], confidence: float = 0.95) -> Interval:
@@ -84,7 +89,7 @@ def macro(intervals: Sequence[Interval], confidence: float = 0.95) -> Interval:
     """
     if not intervals:
         raise ValueError("macro needs at least one interval, got none.")
-    _check(confidence, "t")
+    _check(confidence)
     centre = math.fsum(part.mean for part in intervals) / len(intervals)
     variances = [(part.stderr / len(intervals)) ** 2 for part in intervals]
     total, n = math.fsum(variances), sum(part.n for part in intervals)
@@ -104,8 +109,6 @@ def _sample(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return sample
 
 
-def _check(confidence: float, method: str) -> None:
+def _check(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}.")
-    if method not in METHODS:
-        raise ValueError(f"unknown interval method {method!r}; allowed: {', '.join(METHODS)}.")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 import rsparse
 from reference import llama_logits, masked, weights_of
 from rsparse.apply import tokens_as
-from rsparse.evaluate import influenced_share, perplexity, rouge_l, summarise, token_losses
+from rsparse.evaluate import _batches, influenced_share, perplexity, rouge_l, summarise, token_losses
 from rsparse.protocol import first_sparse
 from rsparse.texts import Summary
 
@@ -98,6 +98,7 @@ def test_contexts_that_leave_nothing(build, ids, context, length):
 
 def test_ids_that_are_none(build, ids):
     for bad, message in (
+        (ids.repeat(1, 7), "280 tokens; expected at most 256"),
         (ids[0], "shape"),
         (ids + 90, "holds token id"),
         (ids[:0], "at least one token"),
@@ -141,9 +142,31 @@ def test_summaries_equal_row_by_row_generation(build, tokenizer, tokens):
         ended += "\n" in text
         expected.append(text.strip().split("\n")[0])
     for batch_size in (1, 3, 8):
-        assert summarise(model, tokenizer, ITEMS, max_new_tokens=20, batch_size=batch_size) == expected
+        found, influenced = summarise(model, tokenizer, ITEMS, max_new_tokens=20, batch_size=batch_size)
+        assert found == expected
+        lowest, highest = {"dense": (0, 0), "decode": (0.5, 0.99)}.get(tokens, (1, 1))
+        assert lowest <= influenced <= highest, "under 'decode' the first token of a summary comes of a dense prompt"
     assert tokenizer.padding_side == "right"
     assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("limit", [40, 90])
+def test_articles_are_cut_to_the_models_positions(build, tokenizer, limit, monkeypatch):
+    model = build(max_position_embeddings=limit)
+    fed = []
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: fed.append(input_ids) or input_ids[:, :1])
+    article = "abcdefghij" * 20
+    summarise(model, tokenizer, [Summary(article, "x"), Summary("ab", "y")], max_new_tokens=16)
+    texts = [t for ids in fed for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert sorted(map(len, texts)) == [len(Summary("ab", "").prompt), limit - 16]
+    assert all(t.startswith("Article: ab") and t.endswith("\nSummary:") for t in texts)
+    with pytest.raises(ValueError, match="prompts have 1 positions"):
+        summarise(model, tokenizer, [Summary(article, "x")], max_new_tokens=limit - 1)
+
+
+def test_batches_hold_similar_lengths_and_few_tokens():
+    assert list(_batches([5, 90, 7, 6, 40], rows=2, tokens=100)) == [[0, 3], [2, 4], [1]]
+    assert list(_batches([500], rows=2, tokens=100)) == [[0]] and list(_batches([], 2, 100)) == []
 
 
 def test_rouge():

@@ -173,7 +173,7 @@ def test_every_item_of_every_task(build, tokenizer, toy_suite, tokens):
     if tokens is not None:
         report = rsparse.sparsify(model, sparsity=0.5, threshold="per-token", tokens=tokens)
         plan = {x.name: (x.kept, x.rank) for x in report.linears}
-    frame, influenced = score_tasks(model, tokenizer, "tiny", items=4, batch_size=5)
+    frame, influenced, fed, seconds = score_tasks(model, tokenizer, "tiny", items=4, batch_size=5)
     expected, scored, reached = [], 0, 0
     for task, items in toy_suite.items():
         for item, row in enumerate(items[:4]):
@@ -196,11 +196,12 @@ def test_every_item_of_every_task(build, tokenizer, toy_suite, tokens):
     pd.testing.assert_frame_equal(frame, pd.DataFrame(expected), check_dtype=False, atol=1e-8)
     assert influenced == pytest.approx(reached / scored) and (influenced == 0) == (tokens is None)
     assert len(frame) == 3 + 4 * 7 and frame.acc.nunique() == 2
+    assert fed > scored and seconds > 0
 
 
 def test_scoring_twice_gives_the_same(build, tokenizer, toy_suite):
     model = build()
-    once, twice = (score_tasks(model, tokenizer, "tiny")[0] for _ in range(2))
+    once, twice = (score_tasks(model, tokenizer, "tiny").items for _ in range(2))
     pd.testing.assert_frame_equal(once, twice)
     assert once.groupby("task", sort=False).size().to_dict() == {task: 3 + i for i, task in enumerate(TASKS)}
 
@@ -210,7 +211,7 @@ def test_lm_eval_itself_takes_the_model(build, tokenizer, toy_suite):
     model = build()
     tasks = load_tasks("tiny")
     found = lm_eval.evaluate(SparseLM(model, tokenizer), {"piqa": tasks["piqa"]}, bootstrap_iters=0)
-    frame, _ = score_tasks(model, tokenizer, "tiny")
+    frame = score_tasks(model, tokenizer, "tiny").items
     assert found["results"]["piqa"]["acc,none"] == pytest.approx(frame[frame.task == "piqa"].acc.mean())
 
 
@@ -227,7 +228,7 @@ def tiny_frame():
     config = shape_config(
         "llama-2-7b", vocab_size=len(tokenizer), max_position_embeddings=512, num_key_value_heads=2, **sizes
     )
-    return score_tasks(random_model(config), tokenizer, "tiny", items=6)[0]
+    return score_tasks(random_model(config), tokenizer, "tiny", items=6).items
 
 
 class TestTiny:

@@ -37,17 +37,6 @@ def test_t_interval_covers_the_truth_as_often_as_it_says():
     assert 0.88 < covered < 0.92
 
 
-@pytest.mark.parametrize("method", ["percentile", "bca"])
-def test_bootstrap_repeats_by_seed_and_agrees_with_t(method):
-    values = np.random.default_rng(2).normal(1.0, 1.0, size=300)
-    one, two = (intervals.mean(values, method=method, seed=5, resamples=2000) for _ in range(2))
-    t = intervals.mean(values)
-    assert one == two
-    assert one != intervals.mean(values, method=method, seed=6, resamples=2000)
-    assert one.low == pytest.approx(t.low, abs=0.15 * (t.high - t.low))
-    assert one.high == pytest.approx(t.high, abs=0.15 * (t.high - t.low))
-
-
 def test_macro_weighs_tasks_alike_whatever_their_size():
     small, large = intervals.mean([0.0, 1.0, 1.0, 0.0]), intervals.mean([1.0, 1.0, 0.0, 1.0] * 25)
     found = intervals.macro([small, large])
@@ -58,12 +47,33 @@ def test_macro_weighs_tasks_alike_whatever_their_size():
     assert found.high - found.mean == pytest.approx(reach, rel=0.05)
 
 
-def test_ties_and_single_items_make_no_claim_beyond_themselves():
+def test_single_items_and_equal_values_make_no_claim_beyond_themselves():
     assert intervals.mean([2.0, 2.0, 2.0]) == intervals.Interval(2.0, 2.0, 2.0, 0.0, 3)
     one = intervals.mean([2.0])
     assert one.mean == 2.0 and one.n == 1 and math.isnan(one.stderr) and math.isnan(one.low)
     assert math.isnan(intervals.macro([one, intervals.mean([1.0, 2.0])]).low)
     assert set(one.row()) == {"value", "stderr", "low", "high", "n"}
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_items_that_all_agree_may_still_differ_unseen(value):
+    found = intervals.paired([value] * 25, [0.0] * 25, counted=True)
+    assert intervals.mean([value] * 25).stderr == 0, "measured values that are equal are equal"
+    unseen = stats.binomtest(0, 25).proportion_ci(0.95).high
+    assert (found.low, found.high) == pytest.approx((max(value - unseen, -1), min(value + unseen, 1)))
+    one_other = intervals.mean([value] * 24 + [value - 1], counted=True)
+    assert found.stderr == pytest.approx(1 / 25) == pytest.approx(one_other.stderr)
+    ties = intervals.macro([found] * 8)
+    assert ties.low < value - 0.02, "eight small tasks that tie do not prove a bound of two points"
+
+
+def test_a_share_has_its_exact_interval():
+    assert intervals.share(40, 40).row() == pytest.approx(
+        {"value": 1.0, "stderr": 0.0, "low": 0.025 ** (1 / 40), "high": 1.0, "n": 40}
+    )
+    rng = np.random.default_rng(4)
+    draws = [intervals.share(int(rng.binomial(30, 0.9)), 30) for _ in range(1000)]
+    assert np.mean([d.low <= 0.9 <= d.high for d in draws]) >= 0.95
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,6 @@ def test_ties_and_single_items_make_no_claim_beyond_themselves():
         (lambda: intervals.mean([[1.0]]), r"\(1, 1\)"),
         (lambda: intervals.mean([1.0, float("nan")]), "nan"),
         (lambda: intervals.mean([1.0, 2.0], confidence=1.0), "confidence"),
-        (lambda: intervals.mean([1.0, 2.0], method="normal"), "percentile"),
         (lambda: intervals.macro([]), "at least one"),
     ],
 )
