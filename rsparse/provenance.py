@@ -18,6 +18,8 @@ from rsparse.paths import ROOT
 
 CODE = ("rsparse", "kernels")
 DATA = ("data/tiny", "data/paper")
+PRESENTING = ("__main__", "batch", "book", "claims", "estimate", "execution", "figures", "pages", "paper",
+              "predicates", "presets")  # fmt: skip
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 PACKAGES = ("torch", "triton", "transformers", "lm-eval", "numpy", "datasets", "accelerate")
 
@@ -36,6 +38,15 @@ def content_hash(root: Path, parts: Iterable[str], suffix: str = "") -> str:
 def code_hash() -> str:
     """Hash of the library and the kernels of this checkout."""
     return content_hash(ROOT, CODE, ".py")[:16]
+
+
+@cache
+def measuring_hash() -> str:
+    """Hash of the code that a measured row can depend on: all but what runs batches and makes pages and figures."""
+    digest = hashlib.sha256()
+    for path in sorted(p for part in CODE for p in (ROOT / part).rglob("*.py") if p.stem not in PRESENTING):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @cache

@@ -6,15 +6,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from rsparse.files import atomic_path, write_json
-from rsparse.paths import HERE, Checkout
-from rsparse.provenance import Clock, code_hash, data_hash
+from rsparse.paths import HERE, Checkout, cache_folder
+from rsparse.provenance import Clock, data_hash, measuring_hash, versions
 
 COLUMNS = (
     "preset", "model", "method", "scope", "recipe", "sparsity", "planned", "realised", "rho", "score",
@@ -33,8 +33,11 @@ class Table:
     """The rows of one exhibit. Every group of rows is on disk before the next is computed.
 
     folder: where the journal, the table and its provenance go; "" picks ``_runs/interactive`` in the
-    checkout, or the cache folder where the checkout cannot be written. A journal of other code or data is not
-    read. A key must hold everything that its group depends on besides code and data.
+    checkout, or the cache folder where the checkout cannot be written. A key must hold everything that its
+    group depends on besides code, data and package versions; a journal made with others is set aside.
+
+    Exhibits of one run, whose folders lie side by side, share what they measure: a group that another exhibit's
+    journal holds is taken over, with the name of that exhibit as "from".
     """
 
     def __init__(self, exhibit: str, preset: str, folder: str | Path = "", device: str = "cpu"):
@@ -42,17 +45,21 @@ class Table:
         self.folder = Path(folder) if folder else interactive_folder(exhibit)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._journal = self.folder / f"{exhibit}.jsonl"
-        self._groups = self._read()
-        self._used: dict[str, None] = {}
+        self._about = {"code": measuring_hash(), "data": data_hash(), "versions": versions()}
+        self._groups = self._open()
+        self._used: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+    def find(self, key: dict[str, Any], columns: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """The group kept under `key` ({"rows": [...], "items": {...}}), or None if it is still to compute.
 
+        columns: take the place of the rows' own in the table, where one measurement stands for several settings.
         Groups that are neither found nor added do not appear in the table: they are of other parameters.
         """
         digest = _digest(key)
+        if digest not in self._groups and (found := self._elsewhere(digest)):
+            self._write(digest, found)
         if digest in self._groups:
-            self._used[digest] = None
+            self._use(digest, columns)
         return self._groups.get(digest)
 
     def add(
@@ -60,31 +67,28 @@ class Table:
         key: dict[str, Any],
         rows: Iterable[dict[str, Any]],
         items: dict[str, list] | None = None,
-        seconds: float = 0.0,
+        costs: Sequence[dict[str, Any]] = (),
+        columns: dict[str, Any] | None = None,
     ) -> dict:
-        """Keep a group: its rows, values per item for paired comparisons, and how long these took to measure.
+        """Keep a group: its rows, values per item for paired comparisons, and what measuring it took.
 
-        The key's "what" names the kind of group. Items and seconds stay in the journal, outside the table.
-        Returns it as `find` will, with None for NaN, which JSON does not have. ValueError for infinity.
+        costs: {"what": kind of work, "seconds": ..., and what it scales with}, see rsparse.estimate. Items and
+        costs stay in the journal, outside the table. columns: as for `find`. Returns the group as `find` will,
+        with None for NaN, which JSON does not have. ValueError for infinity.
         """
-        group = _without_nan({"rows": list(rows), "items": items or {}})
-        group |= {"what": key["what"], "seconds": round(seconds, 3)}
+        group = _without_nan({"rows": list(rows), "items": items or {}, "costs": list(costs)})
         digest = _digest(key)
-        line = json.dumps({"key": digest, **group}, allow_nan=False)
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._groups[digest] = group
-        self._used[digest] = None
+        self._write(digest, group)
+        self._use(digest, columns)
         return group
 
     @property
     def frame(self) -> pd.DataFrame:
         """All rows found or added in this run, in that order, with the columns of `COLUMNS` first."""
-        rows = pd.DataFrame([row for digest in self._used for row in self._groups[digest]["rows"]])
-        extra = [column for column in rows.columns if column not in COLUMNS]
-        frame = rows.reindex(columns=[*COLUMNS, *extra]).assign(preset=self.preset)
+        rows = [row | columns for (digest, _), columns in self._used.items() for row in self._groups[digest]["rows"]]
+        frame = pd.DataFrame(rows)
+        extra = [column for column in frame.columns if column not in COLUMNS]
+        frame = frame.reindex(columns=[*COLUMNS, *extra]).assign(preset=self.preset)
         return frame.astype(dict.fromkeys(NUMBERS, float))  # a column of None alone has no type of its own
 
     def finish(self, seed: int, parameters: dict[str, Any]) -> pd.DataFrame:
@@ -95,18 +99,44 @@ class Table:
         write_json(self.folder / f"{self.exhibit}.json", self.clock.provenance(seed, parameters))
         return frame
 
-    def _read(self) -> dict[str, dict]:
-        """Groups of an interrupted run; a last line that was cut short is dropped."""
-        about = {"code": code_hash(), "data": data_hash()}
-        groups: dict[str, dict] = {}
-        lines = self._journal.read_text(encoding="utf-8").split("\n") if self._journal.exists() else []
-        if lines and _parse(lines[0]) == {"about": about}:
-            for entry in filter(None, map(_parse, lines[1:])):
-                groups[entry.pop("key")] = entry
+    def _use(self, digest: str, columns: dict[str, Any] | None) -> None:
+        self._used.setdefault((digest, json.dumps(columns or {}, sort_keys=True)), columns or {})
+
+    def _write(self, digest: str, group: dict[str, Any]) -> None:
+        line = json.dumps({"key": digest, **group}, allow_nan=False)
+        with self._journal.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._groups[digest] = group
+
+    def _elsewhere(self, digest: str) -> dict[str, Any] | None:
+        """The group from the journal of another exhibit of this run, made with the same code, data and packages."""
+        for path in sorted(self.folder.parent.glob("*/*.jsonl")):
+            if path.stem == path.parent.name != self.exhibit:
+                group = read_journal(path, self._about).get(digest)
+                if group is not None:
+                    return {"from": path.stem} | group
+        return None
+
+    def _open(self) -> dict[str, dict]:
+        """Groups of an interrupted run; its journal begins anew, without a last line that was cut short."""
+        groups = read_journal(self._journal, self._about)
+        if not groups and self._journal.exists() and self._journal.read_text(encoding="utf-8").count("\n") > 1:
+            os.replace(self._journal, self._journal.with_suffix(".jsonl.old"))  # hours of work, but of other code
         with atomic_path(self._journal) as path, path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"about": about}) + "\n")
+            file.write(json.dumps({"about": self._about}) + "\n")
             file.writelines(json.dumps({"key": key, **group}) + "\n" for key, group in groups.items())
         return groups
+
+
+def read_journal(path: Path, about: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Key -> group of a table's journal; {} where there is none, or where it is not `about` what is asked."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    header = _parse(lines[0])
+    if not header or about not in (None, header.get("about")):
+        return {}
+    return {entry.pop("key"): entry for entry in filter(None, map(_parse, lines[1:]))}
 
 
 def published(exhibit: str, checkout: Checkout = HERE) -> pd.DataFrame:
@@ -124,8 +154,7 @@ def interactive_folder(exhibit: str) -> Path:
             return folder
     except OSError:
         pass
-    root = os.environ.get("RSPARSE_CACHE") or Path.home() / ".cache" / "rsparse"
-    return Path(root) / "interactive" / exhibit
+    return cache_folder() / "interactive" / exhibit
 
 
 def _digest(key: dict[str, Any]) -> str:

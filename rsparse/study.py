@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 from torch import Tensor
 
-from rsparse import evaluate, harness, intervals, models, texts
+from rsparse import evaluate, harness, intervals, models, paths, texts
 from rsparse.apply import Report, counting, sparsify, tokens_as
 from rsparse.calibrate import Calibration
+from rsparse.decompose import FactorStore, default_store
 from rsparse.methods import METHODS
 from rsparse.protocol import Tokens
 from rsparse.recipe import Ask
@@ -51,9 +53,24 @@ class Setting:
         """Whether the method chooses input channels by a score."""
         return self.method not in ("dense", "low-rank")
 
+    @property
+    def canonical(self) -> Setting:
+        """The same sparse model under one name: r-sparse at rho 1 is teal, at rho 0 low-rank; of the fields that
+        the method ignores, the defaults."""
+        if self.method == "r-sparse" and self.rho == 1 and self.score == "magnitude":
+            return replace(self, method="teal").canonical
+        if self.method == "r-sparse" and self.rho == 0:
+            return replace(self, method="low-rank").canonical
+        if self.method == "r-sparse":
+            return self
+        plain = replace(self, rho=0.95, score="magnitude")
+        if self.method == "teal":
+            return plain
+        return replace(plain, threshold="static", sparsity=0.0 if self.method == "dense" else self.sparsity)
+
     def seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """The seeds that differ for this setting: one where nothing is calibrated."""
-        return seeds if self.has_mask and self.threshold != "per-token" else seeds[:1]
+        return seeds if self.canonical.has_mask and self.threshold != "per-token" else seeds[:1]
 
     def columns(self) -> dict[str, Any]:
         """The columns of `results.COLUMNS` that name it; "" and None where a column means nothing."""
@@ -70,6 +87,9 @@ class Setting:
 
 
 DENSE = Setting("dense")
+_TASKS, _SUMMARIES = ("suite", "items"), ("summaries", "articles", "summary_tokens")
+UNUSED = {"tasks": _SUMMARIES, "losses": (*_TASKS, *_SUMMARIES, "batch_size", "bos"), "rouge": _TASKS}
+"""Measurement -> the fields of `Sources` that it does not depend on. Exhibits that differ only there share it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +101,8 @@ class Sources:
     not scored. items: per task, None for all. suite: whose tasks. summary_tokens: most that a summary may
     have.
 
-    Raises ValueError for a text, suite or dtype that does not exist, and for sizes below 1.
+    Raises ValueError for a text, suite, dtype or device that does not exist, for sizes that are no whole numbers
+    above 0, and for a context that leaves nothing to score.
     """
 
     checkpoint: str
@@ -105,15 +126,23 @@ class Sources:
     summary_tokens: int = 48
 
     def __post_init__(self) -> None:
-        for text in (self.calibration, self.heldout, self.summaries):
+        for text in (self.calibration, self.heldout):
             texts.check_text(text, "heldout")
+        texts.check_summaries(self.summaries)
+        models.check_device(self.device)
         for name, allowed in (("suite", harness.SUITES), ("dtype", tuple(models.DTYPES))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
         sizes = "items batch_size samples length windows window articles summary_tokens".split()
         for name in sizes:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+            value = getattr(self, name)
+            if not (name == "items" and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if type(self.bos) is not bool:
+            raise ValueError(f"bos is {self.bos!r}; expected True or False")
+        if type(self.context) is not int or not 0 <= self.context < self.window - 1:
+            most = self.window - 2
+            raise ValueError(f"context is {self.context!r}; expected 0..{most} for windows of {self.window} tokens")
 
 
 @dataclass
@@ -127,11 +156,19 @@ class Study:
     _applied: tuple[Setting, int] | None = None
     _columns: dict[str, Any] = field(default_factory=dict)
     _losses_all: Tensor | None = None
+    _costs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What every key holds, so that nothing measured on other sources is taken for this study's."""
-        return asdict(self.sources) | {"heldout seed": self.seed}
+        return asdict(self.sources) | {"heldout seed": self.seed, "files": self._files}
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        """What changes with the files behind the sources' names, while the names do not."""
+        s = self.sources
+        files = {name: paths.stamp(getattr(s, name)) for name in ("checkpoint", "calibration", "heldout", "summaries")}
+        return files | {"revision": models.revision(s.checkpoint)}
 
     @cached_property
     def model(self):
@@ -142,6 +179,10 @@ class Study:
     @cached_property
     def tokenizer(self):
         return models.load_tokenizer(self.sources.checkpoint)
+
+    @cached_property
+    def store(self) -> FactorStore:
+        return default_store()
 
     def calibration(self, seed: int) -> Calibration:
         """Calibration windows, (samples, length), which the seed picks; their statistics are gathered
@@ -159,82 +200,108 @@ class Study:
         return texts.token_ids(s.heldout, "heldout", self.tokenizer, s.windows, s.window, self.seed)
 
     def apply(self, setting: Setting, seed: int) -> dict[str, Any]:
-        """Put `setting` on the model, calibrated with `seed`; the columns that describe it.
+        """Put `setting` on the model, calibrated with `seed`; the columns that say how it was carried out.
 
         One pass over the held-out text gives the realised sparsity and, by the way, the losses under "all".
         """
         if self._applied != (setting, seed):
             self._applied = None
-            sparsify(self.model, calibration=self.calibration(seed), tokens="all", **asdict(setting))
+            self._sparsify(setting, self.calibration(seed))
             with counting(self.model) as realised:
-                losses = evaluate.token_losses(self.model, self.heldout, self.sources.context, "held-out text")
+                self._losses_all = self._heldout_losses()
                 self._columns = describe(setting, self.sources, realised())
-            self._losses_all = losses.mean(1)
             self._applied = (setting, seed)
         return self._columns | {"seed": seed}
 
     def tasks(self, setting: Setting, seed: int | None = None, tokens: Tokens = "scored") -> pd.DataFrame:
         """Score the eight tasks: one row per item (task, item, acc, acc_norm, margin in nats). Adds rows."""
-        seed = self.seed if seed is None else seed
-        key = self._key("tasks", setting, seed, tokens)
-        if (kept := self.table.find(key)) is None:
-            columns = self.apply(setting, seed) | {"tokens": str(tokens)}
-            s, started = self.sources, time.monotonic()
-            with tokens_as(self.model, tokens):
-                frame, influenced = harness.score_tasks(
-                    self.model, self.tokenizer, s.suite, s.items, s.batch_size, s.bos
-                )
-            rows = task_rows(frame, columns | {"influenced": influenced})
-            kept = self.table.add(key, rows, frame.to_dict("list"), time.monotonic() - started)
-        return pd.DataFrame(kept["items"]).astype({"acc_norm": float})
+
+        def measure(columns: dict[str, Any]) -> tuple[list[dict], dict[str, list]]:
+            s = self.sources
+            found = harness.score_tasks(self.model, self.tokenizer, s.suite, s.items, s.batch_size, s.bos)
+            self._costs.append({"what": "tasks", "seconds": found.seconds, "tokens": found.fed})
+            return task_rows(found.items, columns | {"influenced": found.influenced}), found.items.to_dict("list")
+
+        return pd.DataFrame(self._kept("tasks", setting, seed, tokens, measure)).astype({"acc_norm": float})
 
     def losses(self, setting: Setting, seed: int | None = None, tokens: Tokens = "all") -> list[float]:
         """Mean loss of every held-out window, in nats per token. Adds the perplexity to the table."""
-        seed = self.seed if seed is None else seed
-        key = self._key("losses", setting, seed, tokens)
-        if (kept := self.table.find(key)) is None:
-            columns = self.apply(setting, seed) | {
-                "tokens": str(tokens),
-                "task": "heldout",
-                "metric": "perplexity",
-            }
-            s, started = self.sources, time.monotonic()
-            with tokens_as(self.model, tokens):
-                windows = self._losses_all
-                if tokens != "all":
-                    windows = evaluate.token_losses(self.model, self.heldout, s.context, "held-out text").mean(1)
-                columns["influenced"] = evaluate.influenced_share(self.model, s.window, s.context)
+
+        def measure(columns: dict[str, Any]) -> tuple[list[dict], dict[str, list]]:
+            s = self.sources
+            windows = self._losses_all if tokens == "all" else self._heldout_losses()
             loss = intervals.mean(windows)
+            columns |= {"influenced": evaluate.influenced_share(self.model, s.window, s.context)}
+            columns |= {"bos": self.tokenizer.bos_token_id is not None}  # `texts.token_ids` begins windows with it
             row = {"value": math.exp(loss.mean), "stderr": math.exp(loss.mean) * loss.stderr, "n": loss.n}
-            items = {"loss": windows.tolist()}
-            kept = self.table.add(key, [columns | row], items, time.monotonic() - started)
-        return kept["items"]["loss"]
+            names = {"task": "heldout", "metric": "perplexity"}
+            return [columns | names | row], {"loss": windows.tolist()}
+
+        return self._kept("losses", setting, seed, tokens, measure)["loss"]
 
     def rouge(self, setting: Setting, seed: int | None = None, tokens: Tokens = "decode") -> list[float]:
         """ROUGE-L of every article's summary, in percent. Adds the mean to the table."""
-        seed = self.seed if seed is None else seed
-        key = self._key("rouge", setting, seed, tokens)
-        if (kept := self.table.find(key)) is None:
-            columns = self.apply(setting, seed) | {
-                "tokens": str(tokens),
-                "task": "summaries",
-                "metric": "rouge_l",
-            }
-            s, started = self.sources, time.monotonic()
+
+        def measure(columns: dict[str, Any]) -> tuple[list[dict], dict[str, list]]:
+            s = self.sources
             articles = texts.summaries(s.summaries, s.articles)
-            with tokens_as(self.model, tokens):
-                columns["influenced"] = float(setting.method != "dense")
-                written = evaluate.summarise(
-                    self.model, self.tokenizer, articles, s.summary_tokens, s.batch_size
+            with self.costing("summaries", s.articles * s.summary_tokens) as costs:
+                written, influenced = evaluate.summarise(
+                    self.model, self.tokenizer, articles, s.summary_tokens, s.batch_size, s.bos
                 )
+            self._costs += costs
             scores = evaluate.rouge_l(articles, written)["rouge_l"].tolist()
             found = intervals.mean(scores)
+            names = {"task": "summaries", "metric": "rouge_l", "influenced": influenced}
             row = {"value": found.mean, "stderr": found.stderr, "n": found.n}
-            kept = self.table.add(key, [columns | row], {"rouge_l": scores}, time.monotonic() - started)
-        return kept["items"]["rouge_l"]
+            return [columns | names | row], {"rouge_l": scores}
 
-    def _key(self, what: str, setting: Setting, seed: int, tokens: Tokens) -> dict[str, Any]:
-        return {"what": what, "tokens": repr(tokens), "seed": seed, "study": self.identity, **asdict(setting)}
+        return self._kept("rouge", setting, seed, tokens, measure)["rouge_l"]
+
+    def _kept(
+        self, what: str, setting: Setting, seed: int | None, tokens: Tokens, measure: Callable
+    ) -> dict[str, list]:
+        """The per-item values of one measurement, from the table or, where it has none, from ``measure(columns)``."""
+        seed, same = self.seed if seed is None else seed, setting.canonical
+        depends_on = {name: value for name, value in self.identity.items() if name not in UNUSED[what]}
+        key = {"what": what, "tokens": repr(tokens), "seed": seed, "study": depends_on, **asdict(same)}
+        kept = self.table.find(key, setting.columns())
+        if kept is None:
+            columns = self.apply(same, seed) | {"tokens": str(tokens)}
+            with tokens_as(self.model, tokens):
+                rows, items = measure(columns)
+            costs = [cost | {"sparsity": setting.sparsity} for cost in self._costs]
+            self._costs.clear()
+            kept = self.table.add(key, rows, items, costs, setting.columns())
+        return kept["items"]
+
+    def _sparsify(self, setting: Setting, calibration: Calibration) -> None:
+        calibrates = setting.has_mask and setting.threshold != "per-token"
+        with self.costing("calibrate", calibration.ids.numel() if calibrates else 0) as costs:
+            sparsify(self.model, calibration=calibration, tokens="all", store=self.store, **asdict(setting))
+        self._costs += costs
+
+    def _heldout_losses(self) -> Tensor:
+        """Mean loss of every held-out window, (windows,)."""
+        with self.costing("heldout", self.heldout.numel()) as costs:
+            losses = evaluate.token_losses(self.model, self.heldout, self.sources.context, "held-out text").mean(1)
+        self._costs += costs
+        return losses
+
+    @contextmanager
+    def costing(self, what: str, tokens: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """Time the work inside; afterwards the yielded list says what it took (costs of `Table.add`).
+
+        Decompositions are told apart: they neither scale with tokens, nor with the speed that other work has.
+        """
+        costs: list[dict[str, Any]] = []
+        started, known = time.monotonic(), len(self.store.computed)
+        yield costs
+        seconds = time.monotonic() - started
+        for m, n, own in self.store.computed[known:]:
+            costs.append({"what": f"factors of {what}", "seconds": own, "m": m, "n": n})
+            seconds -= own
+        costs.append({"what": what, "seconds": seconds, "tokens": tokens})
 
 
 FOUR = ("winogrande", "piqa", "sciq", "obqa")
@@ -253,7 +320,9 @@ def task_rows(frame: pd.DataFrame, columns: dict[str, Any]) -> list[dict[str, An
     rows = []
     for metric in ("acc", "acc_norm", "margin"):
         parts = {task: items[metric].dropna() for task, items in frame.groupby("task", sort=False)}
-        found = with_averages({task: intervals.mean(values) for task, values in parts.items() if len(values)})
+        counted = metric != "margin"
+        found = {task: intervals.mean(values, counted=counted) for task, values in parts.items() if len(values)}
+        found = with_averages(found)
         rows += [
             columns | {"task": task, "metric": metric, "value": x.mean, "stderr": x.stderr, "n": x.n}
             for task, x in found.items()
@@ -270,7 +339,8 @@ def paired_rows(
         found = {}
         for task, items in a.groupby("task", sort=False):
             other = b[b["task"] == task].set_index("item").loc[items["item"], metric]
-            found[task] = intervals.paired(items[metric].to_numpy(float), other.to_numpy(float))
+            pair = items[metric].to_numpy(float), other.to_numpy(float)
+            found[task] = intervals.paired(*pair, counted=metric != "margin")
         for task, x in with_averages(found).items():
             rows.append(columns | {"task": task, "metric": f"diff_{metric}"} | x.row())
     return rows

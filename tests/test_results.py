@@ -12,6 +12,7 @@ from rsparse import results
 from rsparse.paths import HERE, Checkout
 from rsparse.results import COLUMNS, Table, interactive_folder, published
 
+COST = {"what": "tasks", "seconds": 0.25, "tokens": 64}
 ROW = {"method": "teal", "sparsity": 0.5, "metric": "acc", "value": 0.25, "n": 4}
 
 
@@ -33,10 +34,10 @@ def strict(line: str) -> dict:
 
 
 def test_a_group_is_found_again_by_another_run(tmp_path):
-    kept = table(tmp_path).add(key(1, b=(2, None)), [ROW], {"acc": [0.0, 1.0]}, seconds=0.25)
+    kept = table(tmp_path).add(key(1, b=(2, None)), [ROW], {"acc": [0.0, 1.0]}, [COST])
     again = table(tmp_path)
     assert again.find({"b": [2, None], **key(1)}) == kept
-    assert kept == {"rows": [ROW], "items": {"acc": [0.0, 1.0]}, "what": "made-up", "seconds": 0.25}
+    assert kept == {"rows": [ROW], "items": {"acc": [0.0, 1.0]}, "costs": [COST]}
     assert again.find(key(1, b=(3, None))) is None
 
 
@@ -54,13 +55,39 @@ def test_a_torn_last_line_is_dropped_and_the_journal_goes_on(tmp_path):
     assert all(strict(line) for line in journal(tmp_path).splitlines())
 
 
-@pytest.mark.parametrize("name", ["code_hash", "data_hash"])
-def test_rows_of_other_code_or_data_are_not_read(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["measuring_hash", "data_hash", "versions"])
+def test_rows_of_other_code_data_or_packages_are_not_read_but_set_aside(tmp_path, monkeypatch, name):
     table(tmp_path).add(key(1), [ROW])
+    before = journal(tmp_path)
     monkeypatch.setattr(results, name, lambda: "something else")
     assert table(tmp_path).find(key(1)) is None
+    assert table(tmp_path).find(key(1)) is None
+    assert (tmp_path / "exhibit.jsonl.old").read_text() == before
     monkeypatch.undo()
     assert table(tmp_path).find(key(1)) is None, "a journal of other code has been kept"
+
+
+def test_exhibits_of_one_run_share_what_they_measure(tmp_path, monkeypatch):
+    first = Table("first", "made-up", tmp_path / "first")
+    kept = first.add(key(1), [ROW], {"acc": [1.0]}, [COST])
+    second = Table("second", "made-up", tmp_path / "second")
+    assert second.find(key(2)) is None and len(second.frame) == 0
+    assert second.find(key(1)) == {"from": "first"} | kept
+    assert second.frame["value"].tolist() == [0.25]
+    first.add(key(3), [ROW])
+    assert second.find(key(3)), "written while the other notebook was open"
+    again = results.read_journal(tmp_path / "second" / "second.jsonl")
+    assert [group["from"] for group in again.values()] == ["first", "first"]
+    monkeypatch.setattr(results, "measuring_hash", lambda: "other code")
+    assert Table("third", "made-up", tmp_path / "third").find(key(1)) is None
+
+
+def test_one_measurement_can_stand_for_several_settings(tmp_path):
+    made = table(tmp_path)
+    made.add(key(1), [ROW], columns={"method": "teal"})
+    made.find(key(1), {"method": "r-sparse", "rho": 1.0})
+    made.find(key(1), {"method": "teal"})
+    assert made.frame["method"].tolist() == ["teal", "r-sparse"] and made.frame["rho"].isna().tolist() == [True, False]
 
 
 def test_only_groups_of_this_run_are_in_the_table_in_the_order_of_their_use(tmp_path):

@@ -13,7 +13,8 @@ import torch
 from scipy import stats
 
 import rsparse
-from rsparse import evaluate, harness, models, study, texts
+from rsparse import evaluate, harness, models, results, study, texts
+from rsparse.decompose import FactorStore
 from rsparse.results import COLUMNS, Table
 from rsparse.study import DENSE, FOUR, Setting, Sources, Study, paired_rows, task_rows
 
@@ -33,6 +34,7 @@ def measured(sources, tmp_path_factory):
     """Everything of three settings, and of one with a second seed: (study, its folder)."""
     folder = tmp_path_factory.mktemp("results")
     made = Study(sources, Table("exhibit", "preset", folder))
+    made.store = FactorStore(tmp_path_factory.mktemp("factors"))
     for setting in (DENSE, TEAL, R_SPARSE):
         everything(made, setting)
     made.losses(TEAL, seed=1)
@@ -60,6 +62,7 @@ def test_the_rows_of_a_setting_are_complete(measured):
         wanted |= {("heldout", "perplexity"), ("summaries", "rouge_l")}
         assert wanted <= set(zip(rows["task"], rows["metric"], strict=True))
         assert not rows.duplicated(["task", "metric"]).any()
+        assert rows["bos"].isin([True]).all()
         empty = {name for name in COLUMNS if rows[name].isna().any() or (rows[name] == "").any()}
         assert empty - {"stderr"} == (
             EMPTY_FOR_DENSE if setting == DENSE else {"recipe"} if setting == TEAL else set()
@@ -112,7 +115,7 @@ def test_numbers_are_those_of_direct_calls(measured, sources):
         model, "r-sparse", 0.5, 0.75, "column-norm", tokens="scored", calibration=calibration
     )
     assert again.planned == report.planned == found["planned"]
-    items, influenced = harness.score_tasks(model, tokenizer, "tiny", 2, 8, True)
+    items, influenced, _, _ = harness.score_tasks(model, tokenizer, "tiny", 2, 8, True)
     pd.testing.assert_frame_equal(made.tasks(R_SPARSE), items, check_dtype=False)
     boolq = items[items["task"] == "boolq"]
     assert rows.loc[("boolq", "margin"), "value"] == pytest.approx(boolq["margin"].mean())
@@ -155,6 +158,56 @@ def test_other_sources_are_measured_anew(measured, sources, change, monkeypatch)
         Study(other, Table("exhibit", "preset", folder)).losses(TEAL)
     with pytest.raises(LookupError):
         Study(sources, Table("exhibit", "preset", folder), seed=5).losses(TEAL, seed=0)
+
+
+def test_a_checkpoint_that_changed_under_its_name_is_measured_anew(sources, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(sources.checkpoint, folder)
+    same = Sources(**vars(sources) | {"checkpoint": str(folder)})
+    first = Study(same, Table("exhibit", "preset", tmp_path / "run")).losses(DENSE)
+    model = models.load_model(str(folder))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2)
+    model.save_pretrained(folder)
+    assert Study(same, Table("exhibit", "preset", tmp_path / "run")).losses(DENSE) != first
+
+
+def test_one_sparse_model_is_measured_once_under_all_its_names(measured, monkeypatch):
+    made, _ = measured
+    monkeypatch.setattr(study, "sparsify", lambda *_, **__: pytest.fail("measured again"))
+    twin = Setting("r-sparse", 0.5, 1.0)
+    assert made.losses(twin) == made.losses(TEAL)
+    names = made.table.frame.query("metric == 'perplexity' and sparsity == 0.5")[["method", "rho"]]
+    assert names.to_numpy().tolist().count(["r-sparse", 1.0]) == 1
+    assert Setting("r-sparse", 0.5, 0.0, threshold="per-token").canonical == Setting("low-rank", 0.5)
+    assert Setting("dense", 0.5, 0.3, "column-norm").canonical == DENSE
+    for own in (R_SPARSE, Setting("r-sparse", 0.5, 1.0, "column-norm"), Setting("teal", 0.5, threshold="per-token")):
+        assert own.canonical == own
+
+
+def test_exhibits_share_what_does_not_depend_on_summaries(measured, sources, monkeypatch):
+    made, folder = measured
+    shutil.copytree(folder, folder.parent / "run" / "exhibit")
+    other = Sources(**vars(sources) | {"articles": 1})
+    again = Study(other, Table("another", "preset", folder.parent / "run" / "another"))
+    monkeypatch.setattr(study, "sparsify", lambda *_, **__: pytest.fail("measured again"))
+    assert again.losses(TEAL) == made.losses(TEAL)
+    with pytest.raises(pytest.fail.Exception):
+        again.rouge(TEAL)
+
+
+def test_costs_say_what_every_measurement_fed(measured):
+    made, folder = measured
+    groups = results.read_journal(folder / "exhibit.jsonl").values()
+    costs = pd.DataFrame([cost for group in groups for cost in group["costs"]])
+    assert costs.groupby("what").size().to_dict() == {
+        "calibrate": 4, "factors of calibrate": 14, "heldout": 4, "summaries": 3, "tasks": 3,
+    }  # fmt: skip
+    assert (costs["seconds"] > 0).all()
+    tokens = costs.groupby("what")["tokens"].max()
+    assert (tokens["calibrate"], tokens["heldout"], tokens["summaries"]) == (2 * 48, 3 * 40, 2 * 4)
+    assert costs.query("what == 'calibrate'")["tokens"].tolist() == [0, 96, 96, 96], "nothing to calibrate in dense"
+    assert costs.query("what == 'factors of calibrate'")["m"].isin([64, 16, 176]).all()
 
 
 def items(values: dict[str, list[float]], metric: str = "acc") -> pd.DataFrame:
@@ -226,6 +279,13 @@ def test_a_setting_that_is_not_allowed_is_refused_before_any_work(change, said):
         ({"summaries": "c4x"}, "text is 'c4x'"),
         ({"items": 0}, "items is 0"),
         ({"windows": 0}, "windows is 0"),
+        ({"items": "abc"}, "items is 'abc'; expected a whole number"),
+        ({"samples": 2.0}, "samples is 2.0"),
+        ({"bos": 1}, "bos is 1; expected True or False"),
+        ({"summaries": "c4"}, "text 'c4' has no summaries"),
+        ({"device": "cudaa"}, "device is 'cudaa'"),
+        ({"context": 600}, "context is 600; expected 0..510"),
+        ({"context": -1}, "context is -1"),
     ],
 )
 def test_sources_that_do_not_exist_are_refused_before_any_work(change, said):
