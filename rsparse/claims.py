@@ -1,10 +1,11 @@
 """Claims about the papers' exhibits, and what the result tables say of them.
 
 A claim (data/paper/claims.yaml) has: id; exhibit; by (a paper key, or "this book"); where; text, in our own
-words; note, thresholds that are ours; models it speaks of; predicate and, for display, ours and paper
-(expressions of rsparse.predicates), unit; weights "any" where random weights measure it as well (speed);
-analogues "none" where another model says nothing about it; dense_check, the dense row that must match the
-paper's first; headline, shown on the landing page. kind "control" is a check of ours, not a paper's claim.
+words; note, thresholds that are ours; shown, what the numbers beside it are; models it speaks of; predicate
+and, for display, ours and paper (expressions of rsparse.predicates), unit; weights "any" where random weights
+measure it as well (speed); analogues "none" where another model says nothing about it; dense_check, the dense row
+that must match the paper's first; headline, shown on the landing page. kind "control" is a check of ours, not a
+paper's claim.
 
 Verdicts. On a model that the claim speaks of: reproduced, not reproduced. On another one: analogue holds,
 analogue does not hold. Controls: control passed, control failed. Not measured: the tables lack what the
@@ -70,6 +71,7 @@ class Claim:
     contradicts: list[str] = field(default_factory=list)
     dense_check: str = ""
     unit: str = "number"
+    shown: str = ""
     paper: Any = None
     ours: Any = None
 
@@ -288,7 +290,8 @@ def _table(rows: list[Verdict]) -> list[str]:
 
 
 def _who(claim: Claim) -> str:
-    return claim.where if claim.by in ("r-sparse", "this book") else f"{claim.by}, {claim.where}"
+    who = claim.where if claim.by in ("r-sparse", "this book") else f"{claim.by}, {claim.where}"
+    return f"{who}; shown: {claim.shown}" if claim.shown else who
 
 
 def _notes(claims: list[Claim]) -> list[str]:
@@ -335,8 +338,16 @@ def verdicts_markdown(results_root: Path, runs: Mapping[str, Path] | None = None
     heads = [row for row in verdicts if row.claim.headline and row.verdict != NOT_MEASURED]
     if heads:
         lines += ["", "The central claims so far:", ""]
-    for row in sorted(heads, key=lambda row: VERDICTS.index(row.verdict)):
-        ours = f" Ours: {ours_text(row)}." if row.ours else ""
-        theirs = f" Reported: {paper_text(row)}." if row.paper else ""
-        lines.append(f"- **{row.verdict}** on {row.preset}: {' '.join(row.claim.text.split())}{ours}{theirs}")
+    heads.sort(key=lambda row: VERDICTS.index(row.verdict))
+    for claim in dict.fromkeys(row.claim.id for row in heads):
+        rows = [row for row in heads if row.claim.id == claim]
+        reported = max(rows, key=lambda row: len(row.paper))
+        shown = f" *(Shown: {rows[0].claim.shown}.)*" if rows[0].claim.shown else ""
+        lines.append(f"- {' '.join(rows[0].claim.text.split())}{shown}")
+        lines += [f"  - **{row.verdict}** on {row.preset}{_measured(row)}" for row in rows]
+        lines += [f"  - reported: {paper_text(reported)}"] if reported.paper else []
     return "\n".join(lines or ["Nothing has been measured yet."]) + "\n"
+
+
+def _measured(row: Verdict) -> str:
+    return f": {ours_text(row)}" if row.ours else ""

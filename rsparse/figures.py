@@ -17,6 +17,7 @@ from IPython.display import HTML, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rsparse.models import KINDS
 
@@ -85,28 +86,27 @@ def panels(rows: int, columns: int, width: float, height: float, **options) -> t
 
 @styled
 def score_maps(
-    maps: Mapping[tuple[str, str], np.ndarray], rows: Sequence[str], columns: Mapping[str, str]
+    maps: Mapping[tuple[str, str], np.ndarray], rows: Mapping[str, str], columns: Sequence[str]
 ) -> Figure:
-    """Heat maps of S, one row of panels per linear, one column per variant; colour is S over its mean (log
-    scale).
+    """Heat maps of S, one column of panels per linear, one row per variant; colour is S over its mean (log scale).
 
-    maps: (row, column key) -> array (components, channels), already shrunk. columns: key -> title.
+    maps: (row key, column) -> array (components, channels), already shrunk. rows: key -> label.
     """
-    figure, axes = panels(len(rows), len(columns), 1.9, 1.6)
-    for i, row in enumerate(rows):
-        for j, (key, title) in enumerate(columns.items()):
-            axis, S = axes[i, j], maps[row, key]
+    figure, axes = panels(len(rows), len(columns), 1.3, 1.45)
+    for i, (key, label) in enumerate(rows.items()):
+        for j, column in enumerate(columns):
+            axis, S = axes[i, j], maps[key, column]
             colours = dict(norm=LogNorm(0.03, 30, clip=True), cmap="cividis")
             image = axis.imshow(S / S.mean(), aspect="auto", interpolation="nearest", **colours)
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
             if i == 0:
-                axis.set_title(title)
+                axis.set_title(column)
             if j == 0:
-                axis.set_ylabel(f"{row}\ncomponents")
+                axis.set_ylabel(f"{label}\ncomponents")
             if i == len(rows) - 1:
-                axis.set_xlabel("input channels")
-    figure.colorbar(image, ax=axes, shrink=0.5, label="S over its mean")
+                axis.set_xlabel("channels")
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01, aspect=30, label="S over its mean")
     return figure
 
 
@@ -120,8 +120,8 @@ def concentration(frame: pd.DataFrame, metric: str, label: str) -> Figure:
         "real": "model", "gaussian-w": "Gaussian W, model's x", "permuted-x": "model's W, shuffled x",
         "unsorted": "model, not sorted",
     }  # fmt: skip
-    figure, axes = panels(1, len(KINDS), 1.75, 2.6, sharey=True)
-    for axis, kind in zip(axes[0], KINDS, strict=True):
+    figure, axes = panels(2, 4, 2.3, 2.1, sharey=True)
+    for axis, kind in zip(axes.flat, KINDS, strict=False):
         for number, (control, title) in enumerate(titles.items()):
             chosen = (frame["metric"] == metric) & (frame["linear"] == kind) & (frame["control"] == control)
             part = frame[chosen].sort_values("layer")
@@ -129,8 +129,9 @@ def concentration(frame: pd.DataFrame, metric: str, label: str) -> Figure:
                       linestyle=DASHES[number], label=title)  # fmt: skip
         axis.set(title=kind, xlabel="layer", ylim=(0, 100))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0, 0].set_ylabel(label)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(titles))
+    figure.supylabel(label, fontsize=mpl.rcParams["font.size"])
+    axes[1, 3].axis("off")
+    axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
     return figure
 
 
@@ -175,7 +176,12 @@ def rho_sweep(points: pd.DataFrame) -> Figure:
         axis.errorbar(part["rho"], part["diff_loss"], reach, color=LOOK["r-sparse"][0], marker="o", capsize=2)
         axis.axhline(0, color="black", linewidth=1, linestyle=":")
         axis.set(title=f"sparsity {sparsity:.0%}", xlabel="rho (share of the sparse path)")
-        axis.set_yscale("symlog", linthresh=0.05)
+        axis.set_yscale("symlog", linthresh=0.1)
+        axis.margins(y=0.08)
+        low, high = axis.get_ylim()
+        axis.set_yticks([tick for tick in (-10, -1, -0.1, 0, 0.1, 1, 10) if low <= tick <= high])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_ylabel("loss minus that at rho = 1\n(nats per token)")
     return figure
 
@@ -196,6 +202,7 @@ def differences(frame: pd.DataFrame, label: str, names: Sequence[str]) -> Figure
                       markerfacecolor=fill, capsize=2)  # fmt: skip
     axis.axvline(0, color="black", linewidth=1, linestyle=":")
     axis.set(yticks=y, yticklabels=list(names), xlabel=label, ylim=(-0.7, len(frame) - 0.3))
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 

@@ -9,7 +9,8 @@ An *expression* is a number of the tables with its uncertainty:
         query: "rho <= 0.75"                        a pandas query on the tidy columns
     {reported: {paper: r-sparse, ...}}              one cell of data/paper/reported.csv, percent as a fraction
     {minus: [x, y]}  {ratio: [x, y]}
-    {argmin: {rows: ...}, of: rho}                  the rho of the smallest value (argmax: of the largest)
+    {log: x}                                        the natural logarithm
+    {argmin: {rows: ...}, of: rho}                  the rho of the smallest value, for display: it has no interval
 
 A *predicate* is true, false, undecided, or not measured:
 
@@ -18,7 +19,6 @@ A *predicate* is true, false, undecided, or not measured:
     {left: x, is: matches, right: y, stderrs: 2}    |x - y| at most that many of our standard errors
     {all: [...]}  {any: [...]}  {first: [...]}      first: the first that is measured
     {share: {by: [layer, linear], at_least: 0.9, of: predicate}}
-    {monotone: {rows: ...}, along: rho, direction: falling | rising, slack: 0}
 
 Why undecided: a comparison holds when its whole interval lies beyond the threshold, fails when the whole
 interval lies on the other side, and says nothing when the interval straddles it. A measured value without an
@@ -126,12 +126,13 @@ def estimate(node: Node, context: Context) -> Estimate:
         return _minus(*(estimate(part, context) for part in node["minus"]))
     if "ratio" in node:
         return _ratio(*(estimate(part, context) for part in node["ratio"]))
-    which = "argmin" if "argmin" in node else "argmax"
-    frame = select({"over": [node["of"]], **node[which]}, context)
+    if "log" in node:
+        return _log(estimate(node["log"], context))
+    frame = select({"over": [node["of"]], **node["argmin"]}, context)
     curve = frame.groupby(node["of"])["value"].mean()
     if len(curve) < 2:
         raise NotMeasured(f"only {len(curve)} value of {node['of']} measured")
-    return Estimate(float(curve.idxmin() if which == "argmin" else curve.idxmax()))
+    return Estimate(float(curve.idxmin()))
 
 
 def select(node: Node, context: Context) -> pd.DataFrame:
@@ -252,17 +253,21 @@ def _ratio(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(value, math.hypot(a.spread(), value * b.spread()) / abs(b.value), n=min(a.n, b.n))
 
 
+def _log(x: Estimate) -> Estimate:
+    if not x.value > 0:
+        raise NotMeasured(f"the logarithm of {x.value:g}")
+    return replace(x, value=math.log(x.value), stderr=x.stderr / x.value, low=math.nan, high=math.nan)
+
+
 def _decide(node: Node, context: Context) -> Outcome:
     if "left" in node:
         return _compare(node, context)
     if "share" in node:
         return _share(node["share"], context)
-    if "monotone" in node:
-        return _monotone(node, context)
     for name, combine in (("all", _all), ("any", _any), ("first", _first)):
         if name in node:
             return combine(decide(part, context) for part in node[name])
-    raise ValueError(f"a predicate needs left, all, any, first, share or monotone; got {sorted(node)}.")
+    raise ValueError(f"a predicate needs left, all, any, first or share; got {sorted(node)}.")
 
 
 def _compare(node: Node, context: Context) -> Outcome:
@@ -314,15 +319,6 @@ def _share(node: Node, context: Context) -> Outcome:
     if holding >= needed:
         return Outcome(HOLDS, reason)
     return Outcome(UNDECIDED if holding + open_ >= needed else FAILS, reason)
-
-
-def _monotone(node: Node, context: Context) -> Outcome:
-    frame = select({"over": [node["along"]], **node["monotone"]}, context)
-    curve = frame.groupby(node["along"])["value"].mean().sort_index()
-    if len(curve) < 3:
-        raise NotMeasured(f"only {len(curve)} values of {node['along']} measured")
-    steps = curve.diff().dropna() * (1 if node["direction"] == "rising" else -1)
-    return Outcome(HOLDS if (steps >= -node.get("slack", 0.0)).all() else FAILS)
 
 
 def _all(outcomes: Iterable[Outcome]) -> Outcome:

@@ -1,6 +1,7 @@
 """Claims on made-up tables: every verdict can come out, and nothing comes out of nothing."""
 
 import copy
+import math
 import re
 
 import pandas as pd
@@ -75,8 +76,11 @@ def test_no_verdict_before_the_dense_row_matches_the_paper(tmp_path):
 
 
 def test_controls_have_their_own_words(tmp_path):
-    for value, expected in ((0.95, "control passed"), (0.7, "control failed")):
-        frame = pd.DataFrame({"metric": ["recovered_share", "false_share"], "value": [value, 0.0]})
+    for value, low, expected in (
+        (1.0, 0.91, "control passed"), (0.95, 0.83, "undecided"), (0.5, 0.3, "control failed"),
+    ):  # fmt: skip
+        bounds = {"low": [low, 0.0], "high": [min(1.0, value + 0.1), 0.09]}
+        frame = pd.DataFrame({"metric": ["recovered_share", "false_share"], "value": [value, 0.0]} | bounds)
         write(tmp_path, "tiny", "planted-control", frame)
         assert verdict(tmp_path, "planted-rho-found", "tiny").verdict == expected
         assert verdict(tmp_path, "nothing-planted-nothing-found", "tiny").verdict == "control passed"
@@ -206,18 +210,34 @@ def test_several_settings_are_not_mixed():
     assert estimate(ROWS, per_metric).value == 0.1
 
 
-def test_argmin_monotone_and_query():
+def test_argmin_query_and_logarithm():
     curve = {0.0: 9.0, 0.3: 7.0, 0.7: 6.0, 0.95: 5.0, 1.0: 5.5}
-    frame = table(*(dict(rho=rho, value=value) for rho, value in curve.items()))
+    frame = table(*(dict(rho=rho, value=value, stderr=0.3) for rho, value in curve.items()))
     where = context(frame)
     assert estimate({"argmin": ROWS, "of": "rho"}, where).value == 0.95
-    assert estimate({"argmax": ROWS, "of": "rho"}, where).value == 0.0
-    falling = {"monotone": {**ROWS, "query": "rho <= 0.95"}, "along": "rho", "direction": "falling"}
-    assert decide(falling, where).state == "holds"
-    assert decide({**falling, "monotone": ROWS}, where).state == "fails"
-    assert decide({**falling, "monotone": ROWS, "slack": 0.6}, where).state == "holds"
-    assert decide({**falling, "monotone": {**ROWS, "query": "rho > 0.8"}}, where).state == "missing"
-    assert decide({**falling, "monotone": {**ROWS, "query": "depth > 0.8"}}, where).state == "missing"
+    assert math.isnan(estimate({"argmin": ROWS, "of": "rho"}, where).bounds()[0]), "for display only"
+    one = {**ROWS, "query": "rho == 0"}
+    found = estimate({"log": one}, where)
+    assert found.value == pytest.approx(math.log(9)) and found.spread() == pytest.approx(0.3 / 9)
+    assert estimate({"log": 2.0}, where).exact
+    assert decide(compare({"log": {"minus": [1, 1]}}, "<", 0), where).state == "missing"
+    assert decide(compare({**ROWS, "query": "depth > 0.8"}, "<", 0), where).state == "missing"
+
+
+def test_one_of_several_or_each_of_them():
+    """The forms of the claims about the sweep of rho: "some rho beats rho 1", "every step down is worse"."""
+
+    def outcome(at_least: float, *reaches: tuple[float, float]) -> str:
+        rows = [dict(value=(low + high) / 2, low=low, high=high) for low, high in reaches]
+        frame = table(*(row | {"rho": 0.9 + i / 100} for i, row in enumerate(rows)))
+        of = compare({**ROWS, "query": "rho < 1"}, "<", 0)
+        return decide({"share": {"by": ["rho"], "at_least": at_least, "of": of}}, context(frame)).state
+
+    better, worse, unclear = (-2, -1), (1, 2), (-1, 1)
+    assert outcome(0.01, better, worse) == outcome(0.01, better, unclear) == "holds"
+    assert outcome(0.01, worse, unclear) == "undecided" and outcome(0.01, worse, worse) == "fails"
+    assert outcome(1, better, better) == "holds" and outcome(1, better, unclear) == "undecided"
+    assert outcome(1, better, worse) == "fails"
 
 
 def test_combinations():

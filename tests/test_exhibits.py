@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import small_checkpoint
 import torch
+from scipy import stats
 
 from rsparse.calibrate import Calibration
-from rsparse.exhibits import quality, rank_awareness, score_map
+from rsparse.decompose import FactorStore
+from rsparse.exhibits import quality, rank_awareness, rank_reading, score_map
 from rsparse.exhibits.rank_awareness import Plan
 from rsparse.exhibits.score_map import CONTROLS, ScoreMap
 from rsparse.models import KINDS, decoder_linears
@@ -25,22 +28,26 @@ PLAN = dict(
 # Figures 1 and 3
 
 
+def of_map(S: torch.Tensor) -> ScoreMap:
+    return ScoreMap(None, "real", S, torch.ones(len(S)))
+
+
 def test_shares_of_a_rank_one_matrix_lie_in_its_component():
     S = torch.zeros(10, 20)
     S[3] = torch.arange(20.0)
-    shares = ScoreMap(None, "real", S).shares(0.1, 0.1)
+    shares = of_map(S).shares(0.1, 0.1)
     top = (19**2 + 18**2) / sum(j**2 for j in range(20))
     assert shares == pytest.approx({"components": 1.0, "either": 1.0, "channels": top, "both": top})
 
 
 def test_shares_of_the_identity_are_counted_one_by_one():
-    shares = ScoreMap(None, "real", torch.eye(20)).shares(0.1, 0.2)
+    shares = of_map(torch.eye(20)).shares(0.1, 0.2)
     assert shares["channels"] == pytest.approx(0.1) and shares["components"] == pytest.approx(0.2)
     assert shares["either"] == pytest.approx(0.3 - shares["both"])
 
 
 def test_a_flat_map_holds_what_the_area_says_sorted_or_not():
-    flat = ScoreMap(None, "real", torch.ones(20, 40))
+    flat = of_map(torch.ones(20, 40))
     assert flat.shares(0.1, 0.1)["both"] == pytest.approx(0.01) == flat.unsorted_share(0.1, 0.1)
     assert flat.shares(0.5, 0.1)["either"] == pytest.approx(0.5 + 0.1 - 0.05)
     assert flat.shares(1.0, 1.0) == pytest.approx(
@@ -50,11 +57,11 @@ def test_a_flat_map_holds_what_the_area_says_sorted_or_not():
 
 def test_sorting_moves_mass_to_the_corner_and_loses_nothing():
     S = torch.rand(12, 30, generator=torch.Generator().manual_seed(0)) ** 4
-    made = ScoreMap(None, "real", S)
+    made = of_map(S)
     ordered = made.sorted()
     assert torch.equal(ordered.flatten().sort().values, S.flatten().sort().values)
     assert (ordered.sum(0).diff() <= 1e-6).all() and (ordered.sum(1).diff() <= 1e-6).all()
-    assert ScoreMap(None, "real", ordered).unsorted_share(0.2, 0.2) > made.unsorted_share(0.2, 0.2)
+    assert of_map(ordered).unsorted_share(0.2, 0.2) > made.unsorted_share(0.2, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,10 @@ def sources(tmp_path_factory):
 
 def test_controls_keep_what_they_should(build, ids):
     model = build("float32")
-    calibration = Calibration(model, ids)
-    found = {(x.linear.name, x.control): x for x in score_map.score_maps(calibration, [1], seed=3)}
+    calibration, store = Calibration(model, ids), FactorStore("nowhere")
+    calibration.gather(decoder_linears(model), {x.name: None for x in decoder_linears(model)})
+    found = {(x.linear.name, x.control): x for x in score_map.score_maps(calibration, 1, store, seed=3)}
+    assert len(store.computed) == 2 * len(KINDS), "the shuffled control shares the model's decomposition"
     assert len(found) == len(KINDS) * len(CONTROLS)
     for linear in decoder_linears(model)[7:]:
         W, x = linear.module.weight.detach().double(), calibration.statistics(linear, None).mean_abs.double()
@@ -89,7 +98,7 @@ def test_score_map_rows_maps_and_rerun(sources, tmp_path, monkeypatch):
     assert set(maps) == {
         (k, n, c, o) for k in KINDS for n in (0, 1) for c in CONTROLS for o in ("sorted", "unsorted")
     }
-    assert max(map(max, (array.shape for array in maps.values()))) == 96, "down has 176 channels"
+    assert max(map(max, (array.shape for array in maps.values()))) == 64, "down has 176 channels"
     assert maps["k", 0, "real", "sorted"].shape == (16, 64), "k has 16 outputs"
     assert len(frame[frame["metric"] == "stable_rank"]) == 14
     assert set(frame["seed"]) == {2} and frame["value"].between(0, 64).all()
@@ -156,10 +165,10 @@ def test_the_reading_of_figure_5_takes_the_nearest_sparsity_and_skips_what_is_ab
 def test_the_summary_of_figure_5_has_one_row_per_method_and_sparsity():
     found = quality.summary(quality_rows(methods=("teal", "r-sparse")))
     assert found[["method", "sparsity"]].values.tolist() == [
-        ["dense", 0], ["teal", 30], ["teal", 60], ["r-sparse", 30], ["r-sparse", 60]
+        ["dense", "0%"], ["teal", "30%"], ["teal", "60%"], ["r-sparse", "30%"], ["r-sparse", "60%"]
     ]  # fmt: skip
     last = found.iloc[-1]
-    assert last["accuracy (%)"] == pytest.approx(32) and last["± (accuracy (%))"] == pytest.approx(2)
+    assert last["accuracy (%)"] == "32.00 ± 2.00"
     assert last["planned (%)"] == pytest.approx(60) and last["realised (%)"] == pytest.approx(61)
 
 
@@ -181,12 +190,14 @@ def test_settings_of_figure_5_leave_out_sparsity_zero():
     [
         ({"sparsities": [0.5, 1.0]}, "sparsity is 1.0"),
         ({"sparsities": []}, "expected some of each"),
-        ({"sparsities": [0.0]}, "above 0"),
+        ({"sparsities": [0.0]}, "expected no sparsity of 0"),
         ({"score_sparsities": [-0.1]}, "sparsity is -0.1"),
         ({"rho": 1.0}, "rho is 1.0"),
         ({"rhos": [0.5, 2.0]}, "rho is 2.0"),
         ({"threshold": "fixed"}, "threshold is 'fixed'"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": ["0"]}, "whole numbers"),
+        ({"sparsities": ["half"]}, "sparsity is 'half'"),
     ],
 )
 def test_a_plan_that_is_not_allowed_is_refused_whole(change, said):
@@ -207,8 +218,8 @@ def table_3(sources, tmp_path_factory):
 
 def test_table_3_is_in_reading_order_and_complete(table_3):
     _, _, _, rows = table_3
-    found = rank_awareness.summary(rows)
-    names = list(rank_awareness.LABELS.values())
+    found = rank_reading.summary(rows)
+    names = list(rank_reading.LABELS.values())
     assert found[["sparsity", "method"]].values.tolist() == [
         ["0%", names[0]], *([s, name] for s in ("40%", "50%") for name in names[1:])
     ]  # fmt: skip
@@ -227,7 +238,7 @@ def test_differences_are_means_over_seeds_item_by_item(table_3):
     mean = [[sum(pair) / 2 for pair in zip(*runs, strict=True)] for runs in both]
     expected = sum(a - b for a, b in zip(*mean, strict=True)) / 3
     row = (
-        rank_awareness.differences(rows, "diff_perplexity_log", "heldout")
+        rank_reading.differences(rows, "diff_perplexity_log", "heldout")
         .set_index("label")
         .loc["sparsity 50%"]
     )
@@ -238,24 +249,39 @@ def test_differences_are_means_over_seeds_item_by_item(table_3):
     assert against["teal"] == {"low-rank", "r-sparse"} and against["rho=1"] == {"r-sparse"}
 
 
+def test_the_sweep_leaves_rows_for_the_claims(table_3):
+    made, plan, points, rows = table_3
+    part = rows[rows["against"].astype(str).str.startswith("sweep") & (rows["sparsity"] == 0.5)]
+    assert part[["against", "rho"]].to_numpy().tolist() == [
+        ["sweep: rho 1", 0.0], ["sweep: rho 1", 0.5], ["sweep: next lower", 0.5], ["sweep: next lower", 1.0],
+    ]  # fmt: skip
+    losses = {rho: np.array(made.losses(setting)) for rho, setting in plan.sweep(0.5).items()}
+    step = part.iloc[2]
+    assert step["value"] == pytest.approx((losses[0.5] - losses[0.0]).mean())
+    at_0 = points[(points["sparsity"] == 0.5) & (points["rho"] == 0)].iloc[0]
+    wanted = stats.ttest_rel(losses[0.0], losses[1.0]).confidence_interval(1 - 0.05 / 2)
+    assert (at_0["low"], at_0["high"]) == pytest.approx((wanted.low, wanted.high)), "two points hold together"
+    assert part.iloc[0]["low"] == pytest.approx(at_0["low"])
+
+
 def test_teal_is_r_sparse_at_rho_one(table_3):
     made, plan, points, rows = table_3
     assert made.losses(plan.sweep(0.5)[1.0]) == made.losses(plan.methods(0.5)["teal"])
     at_one = points[points["rho"] == 1.0]
     assert (at_one[["diff_loss", "low", "high"]] == 0).all().all()
-    shown = rank_awareness.sweep_table(points, rows)
+    shown = rank_reading.sweep_table(points, rows)
     assert shown["rho"].tolist() == [0.0, 0.5, 1.0] * 2
     assert "q 0 " in shown["ranks"].iloc[2] and "q 0 " not in shown["ranks"].iloc[0]
 
 
 def test_the_two_by_two_has_four_cells_and_three_differences(table_3):
     _, _, _, rows = table_3
-    cells = rank_awareness.score_table(rows, 0.9)
+    cells = rank_reading.score_table(rows, 0.9)
     assert sorted(cells[["score", "low-rank path"]].values.tolist()) == [
         ["column-norm", "none (rho 1)"], ["column-norm", "rho 0.9"],
         ["magnitude", "none (rho 1)"], ["magnitude", "rho 0.9"],
     ]  # fmt: skip
-    labels = rank_awareness.score_differences(rows)["label"].tolist()
+    labels = rank_reading.score_differences(rows)["label"].tolist()
     assert labels == ["50%: path, magnitude", "50%: path, column-norm", "50%: column-norm score, no path"]
 
 
@@ -286,7 +312,7 @@ def test_the_verdict_of_table_3_in_words():
             "diff_perplexity_log": [(0.4, 0.1, 0.2), (0.5, -0.2, -0.1)],
         }
     )
-    assert rank_awareness.reading(rows, "m") == (
+    assert rank_reading.reading(rows, "m") == (
         "On `m`, against TEAL at the same read budget: by the margin, R-Sparse is better at 40% and worse "
         "at 50% and not told apart at 60%, 70%; by accuracy, R-Sparse is not measured; by held-out loss, "
         "R-Sparse is better at 50% and worse at 40%."
@@ -297,18 +323,18 @@ def test_the_verdict_of_table_3_in_words():
     ("points", "said"),
     [
         ([(0.5, 11.0, 0.1, 0.05, 0.15), (1.0, 10.0, 0, 0, 0)],
-         "at 50% rho 1 is best: no byte spent on rank paid."),
+         "at 50% it is rho 1: no byte spent on rank paid."),
         ([(0.5, 9.0, -0.1, -0.2, -0.05), (1.0, 10.0, 0, 0, 0)],
-         "the best is rho 0.5, 0.1000 nats per token better than rho 1 (its interval excludes zero)."),
-        ([(0.5, 9.0, -0.1, -0.2, 0.05), (1.0, 10.0, 0, 0, 0)], "(its interval does not exclude zero)."),
+         "at 50% it is rho 0.5, 0.1000 nats per token better than rho 1 (the interval excludes zero)."),
+        ([(0.5, 9.0, -0.1, -0.2, 0.05), (1.0, 10.0, 0, 0, 0)], "(the interval does not exclude zero)."),
         ([(0.5, 9.0, -0.1, math.nan, math.nan), (1.0, 10.0, 0, 0, 0)],
-         "(its interval does not exclude zero)."),
+         "(the interval does not exclude zero)."),
     ],
 )  # fmt: skip
 def test_the_reading_of_the_sweep(points, said):
     columns = ["rho", "perplexity", "diff_loss", "low", "high"]
     frame = pd.DataFrame(points, columns=columns).assign(sparsity=0.5)
-    assert rank_awareness.sweep_reading(frame, "m").endswith(said)
+    assert rank_reading.sweep_reading(frame, "m").endswith(said)
 
 
 def test_settings_are_what_the_table_names():

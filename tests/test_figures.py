@@ -48,8 +48,8 @@ def quality_rows(methods=("dense", "teal", "r-sparse", "low-rank"), seeds=(0,)) 
 
 def all_figures() -> dict[str, Figure]:
     random = np.random.default_rng(0)
-    maps = {(kind, key): random.random((5, 7)) ** 8 for kind in KINDS for key in ("a", "b")}
-    maps["k", "a"][2] = 0.0  # a component that carries nothing
+    maps = {(key, kind): random.random((5, 7)) ** 8 for kind in KINDS for key in ("a", "b")}
+    maps["a", "k"][2] = 0.0  # a component that carries nothing
     shares = pd.DataFrame(
         [
             {"metric": "share_top10", "linear": kind, "control": control, "layer": layer, "value": 0.2}
@@ -71,7 +71,7 @@ def all_figures() -> dict[str, Figure]:
     )
     measures = {("average", "acc"): "accuracy (%)", ("heldout", "perplexity"): "perplexity"}
     return {
-        "score_maps": figures.score_maps(maps, KINDS, {"a": "one", "b": "two"}),
+        "score_maps": figures.score_maps(maps, {"a": "one", "b": "two"}, KINDS),
         "concentration": figures.concentration(shares, "share_top10", "share (%)"),
         "quality": figures.quality(quality_rows(), measures),
         "one method": figures.quality(quality_rows(["dense", "r-sparse"]), measures),

@@ -32,6 +32,8 @@ def test_a_planted_rho_is_found_and_none_where_nothing_is(measured):
     found, rows, _ = measured
     assert share(rows, "recovered_share") >= 0.9
     assert share(rows, "false_share") == 0
+    bounds = rows.set_index("metric")[["low", "high"]]
+    assert bounds.loc["false_share", "high"] == pytest.approx(1 - 0.025 ** (1 / 20)), "none of 20 is not none"
     assert share(rows, "recovered_share_noise_2") < share(rows, "recovered_share")
     quiet = found[found["noise"] == 0.02]
     assert quiet["planted"].nunique() >= 5, "the planted values hardly differ"
@@ -99,7 +101,7 @@ def test_a_request_without_sense_is_refused(tmp_path, change, said):
         planted_control.measure(Table("planted-control", "made-up", tmp_path), **request)
 
 
-def test_share_found_counts_within_one_step():
-    assert planted_control.share_found([0.1, 0.3, 0.5, 1.0], [0.2, 0.3, 0.8, 1.0], 0.1) == 0.75
+def test_found_is_within_one_step():
+    assert planted_control.within([0.1, 0.3, 0.5, 1.0], [0.2, 0.3, 0.8, 1.0], 0.1) == [True, True, False, True]
     assert planted_control.grid(0.25) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert math.isclose(sum(GRID), 5.5) and GRID[3] == 0.3

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 from tqdm import tqdm
 
-from rsparse import planted
+from rsparse import intervals, planted
 from rsparse.results import Table
 
 
@@ -73,18 +73,30 @@ def _one(
 def _row(
     columns: dict, noise: float | None, sparsity: float, step: float, seed: int, noises: Sequence[float]
 ) -> dict:
-    """The share found. The quietest level is the control that claims read; louder ones find the limit."""
+    """The share found, with its exact interval. Claims read the quietest level; louder ones find the limit."""
     base = {"model": "planted", "method": "r-sparse", "sparsity": sparsity, "score": "magnitude",
-            "threshold": "static", "task": "planted", "seed": seed, "n": len(columns["found"])}  # fmt: skip
+            "threshold": "static", "task": "planted", "seed": seed}  # fmt: skip
     if noise is None:
-        return base | {
-            "metric": "false_share",
-            "value": 1 - share_found(columns["found"], [1.0] * base["n"], 0.0),
-        }
+        return base | {"metric": "false_share"} | _share([rho != 1 for rho in columns["found"]])
     metric = "recovered_share" if noise == min(noises) else f"recovered_share_noise_{noise:g}"
-    return base | {"metric": metric, "value": share_found(columns["found"], columns["planted"], step)}
+    return base | {"metric": metric} | _share(within(columns["found"], columns["planted"], step))
 
 
-def share_found(found: Sequence[float], wanted: Sequence[float], step: float) -> float:
-    """Share of the linears whose best rho is at most `step` from the wanted one."""
-    return sum(abs(a - b) <= step + 1e-9 for a, b in zip(found, wanted, strict=True)) / len(found)
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per noise level, and one for the null linears: shares in percent with their interval."""
+    levels = rows["metric"].str.extract(r"^recovered_share(?:_noise_(.+))?$", expand=False)
+    names = ["planted, lowest noise" if pd.isna(level) else f"planted, noise {level}" for level in levels]
+    names = ["null: rho below 1 best" if m == "false_share" else n for m, n in zip(rows["metric"], names, strict=True)]
+    percent = 100 * rows[["value", "low", "high"]]
+    return pd.concat([pd.Series(names, rows.index, name="linears"), percent, rows["n"]], axis=1).rename(
+        columns={"value": "found (%)", "low": "low (%)", "high": "high (%)"}
+    )
+
+
+def _share(hits: Sequence[bool]) -> dict:
+    return intervals.share(sum(hits), len(hits)).row()
+
+
+def within(found: Sequence[float], wanted: Sequence[float], step: float) -> list[bool]:
+    """Of every linear, whether its best rho is at most `step` from the wanted one."""
+    return [abs(a - b) <= step + 1e-9 for a, b in zip(found, wanted, strict=True)]

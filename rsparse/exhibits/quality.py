@@ -24,8 +24,12 @@ MEASURES = {  # label -> (task, metric, factor to the printed unit)
 def settings(
     methods: Sequence[str], sparsities: Sequence[float], rho: float, threshold: str
 ) -> list[Setting]:
-    """Dense (sparsity 0 of every method), then every method at every sparsity above 0."""
-    grid = [Setting(method, s, rho, threshold=threshold) for method in methods for s in sparsities if s > 0]
+    """Dense (sparsity 0 of every method), then every method at every sparsity above 0.
+
+    Low rank first and from the smallest sparsity up: it takes the largest rank of a linear, which serves the others.
+    """
+    ordered = sorted(methods, key=lambda method: method != "low-rank")
+    grid = [Setting(method, s, rho, threshold=threshold) for method in ordered for s in sorted(sparsities) if s > 0]
     return [DENSE, *grid]
 
 
@@ -40,25 +44,18 @@ def measure(study: Study, grid: Sequence[Setting], seeds: Sequence[int], summari
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and sparsity: the three measures, with the standard error of the first seed."""
+    """One row per method and sparsity: the three measures with the standard error of the first seed, as text."""
     parts = []
     for label, (task, metric, scale) in MEASURES.items():
         chosen = rows[(rows["task"] == task) & (rows["metric"] == metric)]
         groups = chosen.groupby(["method", "sparsity"], sort=False)
-        parts.append((scale * groups["value"].mean()).rename(label))
-        parts.append((scale * groups["stderr"].first()).rename(f"± ({label})"))
-    plans = (
-        rows.dropna(subset=["planned"])
-        .groupby(["method", "sparsity"], sort=False)[["planned", "realised"]]
-        .mean()
-    )
-    plans = (100 * plans).rename(columns=lambda name: f"{name} (%)")
-    return (
-        pd.concat([plans, *parts], axis=1)
-        .dropna(how="all")
-        .reset_index()
-        .assign(sparsity=lambda x: 100 * x["sparsity"])
-    )
+        value, error = scale * groups["value"].mean(), scale * groups["stderr"].first()
+        texts = [f"{v:.2f} ± {e:.2f}" for v, e in zip(value, error, strict=True)]
+        parts.append(pd.Series(texts, value.index, name=label, dtype=object))
+    groups = rows.dropna(subset=["planned"]).groupby(["method", "sparsity"], sort=False)
+    plans = (100 * groups[["planned", "realised"]].mean()).rename(columns=lambda name: f"{name} (%)")
+    found = pd.concat([plans, *parts], axis=1).dropna(how="all").fillna(dict.fromkeys(MEASURES, "")).reset_index()
+    return found.assign(sparsity=[f"{s:.0%}" for s in found["sparsity"]])
 
 
 def reading(rows: pd.DataFrame, model: str, near: float = 0.5) -> str:

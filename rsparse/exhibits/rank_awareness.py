@@ -19,7 +19,6 @@ from rsparse.study import DENSE, Setting, Study, describe, paired_rows
 from rsparse.thresholds import SCORES
 
 METRICS = ("acc", "margin")
-LABELS = {"dense": "dense", "teal": "sparse only (TEAL)", "low-rank": "low-rank only", "r-sparse": "R-Sparse"}
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,17 @@ class Plan:
     seeds: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not self.sparsities or not self.seeds or not 0 < min(self.sparsities):
+        if not self.sparsities or not self.seeds or any(type(seed) is not int for seed in self.seeds):
             raise ValueError(
-                f"sparsities are {self.sparsities}, seeds {self.seeds}; expected some of each, above 0"
-            )
-        if not 0 < self.rho < 1:
-            raise ValueError(
-                f"rho is {self.rho}; expected a number between 0 and 1, which spends on both paths"
+                f"sparsities are {self.sparsities!r}, seeds {self.seeds!r}; expected some of each, seeds whole numbers"
             )
         for sparsity in (*self.sparsities, *self.score_sparsities):
             self.methods(sparsity), self.sweep(sparsity)
+        if 0 in self.sparsities or self.rho in (0, 1):
+            raise ValueError(
+                f"sparsities are {self.sparsities}, rho is {self.rho}; expected no sparsity of 0, and a rho between 0 "
+                "and 1, which spends on both paths"
+            )
 
     def methods(self, sparsity: float) -> dict[str, Setting]:
         """The rows of Table 3 at one budget, beside dense."""
@@ -97,20 +97,42 @@ def compare_scores(study: Study, plan: Plan) -> None:
 def sweep(study: Study, plan: Plan) -> pd.DataFrame:
     """Held-out loss at every rho of every budget, and its paired difference from rho = 1, in nats per token.
 
-    Columns: sparsity, rho, perplexity, diff_loss, low, high, n. From the smallest rho and sparsity up, so
-    that the first setting of a linear has its largest rank and every linear is decomposed once. First seed
-    only.
+    Columns: sparsity, rho, perplexity, diff_loss, low, high, n. The intervals of one budget hold together at 95%
+    (Bonferroni), so that the best of its points may be picked by looking. From the smallest rho and sparsity up, so
+    that the first setting of a linear has its largest rank and every linear is decomposed once. First seed only.
     """
     points = []
     for sparsity in tqdm(sorted(plan.sparsities), desc="rho sweep"):
         losses = {rho: study.losses(setting, plan.seeds[0]) for rho, setting in plan.sweep(sparsity).items()}
-        for rho, values in losses.items():
-            x = intervals.paired(values, losses[1.0])
-            points.append({
-                "sparsity": sparsity, "rho": rho, "perplexity": math.exp(intervals.mean(values).mean),
-                "diff_loss": x.mean, "low": x.low, "high": x.high, "n": x.n,
-            })  # fmt: skip
+        confidence = 1 - 0.05 / max(1, len(losses) - 1)
+        found = {rho: intervals.paired(values, losses[1.0], confidence) for rho, values in losses.items()}
+        _add_sweep_rows(study, plan, sparsity, losses, found)
+        points += [
+            {"sparsity": sparsity, "rho": rho, "perplexity": math.exp(intervals.mean(losses[rho]).mean),
+             "diff_loss": x.mean, "low": x.low, "high": x.high, "n": x.n}
+            for rho, x in found.items()
+        ]  # fmt: skip
     return pd.DataFrame(points)
+
+
+def _add_sweep_rows(
+    study: Study, plan: Plan, sparsity: float, losses: dict[float, list[float]], found: dict[float, intervals.Interval]
+) -> None:
+    """Rows for the claims: every rho against rho = 1, the intervals of `found`, and against the next lower rho."""
+    settings, heldout = plan.sweep(sparsity), {"tokens": "all", "task": "heldout", "metric": "diff_perplexity_log"}
+    key = {"what": "sweep", "settings": [vars(x) for x in settings.values()], "seed": plan.seeds[0]}
+    key |= {"study": study.identity}
+    if study.table.find(key) is None:
+        rows, below = [], None
+        for rho, setting in settings.items():
+            base = describe(setting, study.sources) | {"seed": plan.seeds[0]} | heldout
+            if rho < 1:
+                rows.append(base | {"against": "sweep: rho 1"} | found[rho].row())
+            if below is not None:
+                step = intervals.paired(losses[rho], losses[below])
+                rows.append(base | {"against": "sweep: next lower"} | step.row())
+            below = rho
+        study.table.add(key, rows)
 
 
 def _measure(study: Study, settings: Iterable[Setting], seeds: Sequence[int]) -> None:
@@ -140,131 +162,6 @@ def add_differences(study: Study, setting: Setting, against: Setting, seeds: Seq
         rows = [base | heldout | intervals.paired(*losses).row()]
         items = _mean_items(study, setting, seeds), _mean_items(study, against, seeds)
         study.table.add(key, rows + paired_rows(*items, METRICS, base | {"tokens": "scored"}))
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Table 3: one row per budget and method at the headline setting, means over seeds."""
-    rows = _headline(rows)
-    rows = rows.assign(order=rows["method"].map(list(LABELS).index)).sort_values(
-        ["sparsity", "order"], kind="stable"
-    )
-    found = []
-    for (sparsity, method), part in rows.groupby(["sparsity", "method"], sort=False):
-        average = part[(part["task"] == "average") & (part["metric"] == "acc")]
-        found.append({
-            "sparsity": f"{sparsity:.0%}", "method": LABELS[method],
-            "planned (%)": 100 * part["planned"].mean(),
-            "realised (%)": 100 * part["realised"].mean(), "accuracy": 100 * average["value"].mean(),
-            "±": 100 * average["stderr"].mean(), "accuracy of 4": 100 * _mean(part, "average-4", "acc"),
-            "margin": _mean(part, "average", "margin"), "perplexity": _mean(part, "heldout", "perplexity"),
-            "n": int(average["n"].max()), "seeds": part["seed"].nunique(),
-        })  # fmt: skip
-    return pd.DataFrame(found)
-
-
-def differences(rows: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
-    """R-Sparse minus TEAL by budget: columns value, low, high, n, label."""
-    chosen = (rows["metric"] == metric) & (rows["task"] == task) & (rows["against"] == "teal")
-    part = rows[chosen & (rows["method"] == "r-sparse") & (rows["score"] == "magnitude") & (rows["rho"] < 1)]
-    return part.sort_values("sparsity").assign(label=lambda x: [f"sparsity {s:.0%}" for s in x["sparsity"]])
-
-
-def reading(rows: pd.DataFrame, model: str) -> str:
-    """The verdict in words: per measure, where the 95% interval lies on one side of zero, and where it does
-    not."""
-    parts = []
-    for name, metric, task, sign in (
-        ("the margin", "diff_margin", "average", 1),
-        ("accuracy", "diff_acc", "average", 1),
-        ("held-out loss", "diff_perplexity_log", "heldout", -1),
-    ):
-        found = differences(rows, metric, task)
-        better = found[(sign * found["low"] > 0) & (sign * found["high"] > 0)]
-        worse = found[(sign * found["low"] < 0) & (sign * found["high"] < 0)]
-        open_ = found.drop(better.index).drop(worse.index)
-        words = [f"{word} at {_budgets(group)}" for word, group in
-                 (("better", better), ("worse", worse), ("not told apart", open_)) if len(group)]  # fmt: skip
-        parts.append(f"by {name}, R-Sparse is {' and '.join(words) or 'not measured'}")
-    return f"On `{model}`, against TEAL at the same read budget: " + "; ".join(parts) + "."
-
-
-def score_table(rows: pd.DataFrame, rho: float) -> pd.DataFrame:
-    """The two-by-two, perplexity and margin by score and path, at the budgets where all four cells are
-    measured."""
-    found = []
-    part = rows[(rows["method"] == "r-sparse") & rows["against"].isna() & rows["rho"].isin([1.0, rho])]
-    scored = part[(part["task"] == "average") & (part["metric"] == "margin")]  # the sweep scores no tasks
-    whole = scored.groupby("sparsity").filter(lambda x: len(x.groupby(["score", "rho"])) == 4)
-    part = part[part["sparsity"].isin(whole["sparsity"])]
-    for (sparsity, score, share), group in part.groupby(["sparsity", "score", "rho"]):
-        found.append({
-            "sparsity": f"{sparsity:.0%}", "score": score,
-            "low-rank path": "none (rho 1)" if share == 1 else f"rho {share:g}",
-            "perplexity": _mean(group, "heldout", "perplexity"), "margin": _mean(group, "average", "margin"),
-        })  # fmt: skip
-    return pd.DataFrame(found)
-
-
-def score_differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """Loss differences of the two-by-two with labels: the path at either score, the score without the
-    path."""
-    part = rows[(rows["metric"] == "diff_perplexity_log") & (rows["method"] == "r-sparse")]
-    path = part[part["against"] == "rho=1"]
-    path = path.assign(
-        label=[f"{s:.0%}: path, {score}" for s, score in zip(path["sparsity"], path["score"], strict=True)]
-    )
-    score = part[(part["against"] == "teal") & (part["score"] == "column-norm")]
-    score = score.assign(label=[f"{s:.0%}: column-norm score, no path" for s in score["sparsity"]])
-    return pd.concat([path, score]).sort_values("sparsity", kind="stable")
-
-
-def sweep_table(points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """The sweep with the ranks that each rho buys."""
-    ranks = (
-        rows.dropna(subset=["ranks"])
-        .query("method == 'r-sparse'")
-        .groupby(["sparsity", "rho"])["ranks"]
-        .first()
-    )
-    shown = points.assign(
-        ranks=[ranks.get((s, r), "") for s, r in zip(points["sparsity"], points["rho"], strict=True)]
-    )
-    shown = shown.assign(sparsity=[f"{s:.0%}" for s in shown["sparsity"]])
-    return shown.rename(columns={"diff_loss": "difference"})
-
-
-def sweep_reading(points: pd.DataFrame, model: str) -> str:
-    """Where the best rho of every budget lies, and whether it differs from 1."""
-    parts = []
-    for sparsity, group in points.groupby("sparsity"):
-        best = group.loc[group["perplexity"].idxmin()]
-        if best["rho"] == 1:
-            parts.append(f"at {sparsity:.0%} rho 1 is best: no byte spent on rank paid")
-        else:
-            sure = "excludes" if best["high"] < 0 else "does not exclude"
-            parts.append(
-                f"at {sparsity:.0%} the best is rho {best['rho']:g}, {-best['diff_loss']:.4f} nats per token "
-                f"better than rho 1 (its interval {sure} zero)"
-            )
-    return f"On `{model}`, among the values of this grid: " + "; ".join(parts) + "."
-
-
-def _headline(rows: pd.DataFrame) -> pd.DataFrame:
-    """Measured rows (no differences) of the four methods; of r-sparse, where tasks were scored with |x| and
-    rho < 1."""
-    rows = rows[rows["against"].isna()]
-    own = rows["method"] == "r-sparse"
-    plain = own & (rows["score"] == "magnitude") & (rows["rho"] < 1)
-    rhos = rows.loc[plain & (rows["metric"] == "margin"), "rho"].unique()  # the sweep scores no tasks
-    return rows[~own | (plain & rows["rho"].isin(rhos))]
-
-
-def _mean(part: pd.DataFrame, task: str, metric: str) -> float:
-    return part.loc[(part["task"] == task) & (part["metric"] == metric), "value"].mean()
-
-
-def _budgets(group: pd.DataFrame) -> str:
-    return ", ".join(f"{s:.0%}" for s in group["sparsity"])
 
 
 def _mean_losses(study: Study, setting: Setting, seeds: Sequence[int]) -> list[float]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rsparse import models
 from rsparse.calibrate import Calibration
-from rsparse.decompose import score_map, stable_rank
+from rsparse.decompose import FactorStore, score_map, stable_rank
 from rsparse.models import KINDS, DecoderLinear, decoder_linears
 from rsparse.study import Study
 
@@ -29,11 +30,12 @@ channels of x shuffled."""
 
 @dataclass(frozen=True)
 class ScoreMap:
-    """S of one linear, shape (components, channels), and what it was made of."""
+    """S of one linear, shape (components, channels), and what it was made of; sigma: (components,)."""
 
     linear: DecoderLinear
     control: str
     S: Tensor
+    sigma: Tensor
 
     def sorted(self) -> Tensor:
         """Rows and columns in descending order of their sums, as the paper draws it."""
@@ -62,27 +64,17 @@ class ScoreMap:
         return float(energy[:rows, :columns].sum() / energy.sum())
 
 
-def score_maps(calibration: Calibration, layers: Sequence[int], seed: int = 0) -> Iterator[ScoreMap]:
-    """The map of every linear of `layers` under every control, one at a time; E|x| over the calibration
-    tokens.
-
-    Raises ValueError for no layer, or one that the model does not have.
-    """
-    depth = calibration.model.config.num_hidden_layers
-    if not layers or not all(0 <= layer < depth for layer in layers):
-        raise ValueError(f"layers are {list(layers)}; expected some of 0..{depth - 1}")
-    linears = [x for x in decoder_linears(calibration.model) if x.layer in layers]
-    calibration.gather(linears, {x.name: None for x in linears})
-    for position, linear in enumerate(linears):
-        generator = torch.Generator().manual_seed(1000 * seed + position)
+def score_maps(calibration: Calibration, layer: int, store: FactorStore, seed: int = 0) -> Iterator[ScoreMap]:
+    """The map of every linear of `layer` under every control, one at a time; E|x| as `calibration` has gathered it."""
+    for linear in (x for x in decoder_linears(calibration.model) if x.layer == layer):
+        generator = torch.Generator().manual_seed(1000 * seed + len(KINDS) * layer + KINDS.index(linear.kind))
         W, x = linear.module.weight.detach(), calibration.statistics(linear, None).mean_abs
         gaussian = torch.randn(W.shape, generator=generator).to(W.device)
         gaussian *= W.double().norm().float() / gaussian.norm()
         shuffled = x[torch.randperm(len(x), generator=generator)]
-        for control, (weight, activation) in zip(
-            CONTROLS, ((W, x), (gaussian, x), (W, shuffled)), strict=True
-        ):
-            yield ScoreMap(linear, control, score_map(weight, activation).cpu())
+        full, noise = (store.compute(weight, min(weight.shape)) for weight in (W, gaussian))
+        for control, factors, activation in zip(CONTROLS, (full, noise, full), (x, x, shuffled), strict=True):
+            yield ScoreMap(linear, control, score_map(factors, activation).cpu(), factors.sigma.cpu())
 
 
 def measure(
@@ -91,29 +83,41 @@ def measure(
     """Rows of every linear of `layers` into the study's table, and its maps for display.
 
     cuts: shares p = q of channels and of components, in (0, 1]. Returns (linear kind, layer, control,
-    "sorted" or "unsorted") -> array of at most 96 x 96. Raises ValueError for a cut or a layer that does not
-    exist.
+    "sorted" or "unsorted") -> array of at most 64 x 64. Raises ValueError, before anything is measured, for a cut
+    outside (0, 1], for no layer, or for one that the model does not have.
     """
+    depth = models.depth(study.sources.checkpoint)
     if bad := [cut for cut in cuts if not 0 < cut <= 1]:
         raise ValueError(f"cut is {bad[0]}; expected a share in (0, 1]")
-    key = {"what": "score-map", "layers": list(layers), "cuts": list(cuts), "study": study.identity}
-    if (kept := study.table.find(key)) is None:
-        rows, maps = [], {}
-        found = score_maps(study.calibration(study.seed), layers, study.seed)
-        for score in tqdm(found, total=len(CONTROLS) * len(KINDS) * len(layers), desc="maps"):
-            rows += share_rows(score, cuts, study.sources.name)
-            label = f"{score.linear.kind} {score.linear.layer} {score.control}"
-            maps[f"{label} sorted"] = _digits(shrink(score.sorted()))
-            maps[f"{label} unsorted"] = _digits(shrink(score.S))
-            if score.control == "real":
-                rows.append(stable_rank_row(score.linear, study.sources.name))
-        about = {"seed": study.seed, "dtype": study.sources.dtype}
-        kept = study.table.add(key, [row | about for row in rows], maps)
+    if not layers or not all(0 <= layer < depth for layer in layers):
+        raise ValueError(f"layers are {list(layers)}; expected some of 0..{depth - 1}")
     found = {}
-    for label, values in kept["items"].items():
-        kind, layer, control, order = label.split()
-        found[kind, int(layer), control, order] = np.array(values)
+    for layer in tqdm(layers, desc="layers"):
+        for label, values in _measure_layer(study, layer, layers, cuts).items():
+            kind, control, order = label.split()
+            found[kind, layer, control, order] = np.array(values)
     return found
+
+
+def _measure_layer(study: Study, layer: int, layers: Sequence[int], cuts: Sequence[float]) -> dict[str, list]:
+    """Maps of one layer by "kind control order", from the table or measured; one pass calibrates all `layers`."""
+    key = {"what": "score-map", "layer": layer, "cuts": list(cuts), "study": study.identity}
+    if (kept := study.table.find(key)) is None:
+        rows, maps, about = [], {}, {"seed": study.seed, "dtype": study.sources.dtype}
+        calibration = study.calibration(study.seed)
+        with study.costing("maps") as costs:
+            linears = [x for x in decoder_linears(study.model) if x.layer in layers]
+            calibration.gather(linears, {x.name: None for x in linears})
+            found = score_maps(calibration, layer, study.store, study.seed)
+            for score in tqdm(found, total=len(CONTROLS) * len(KINDS), desc=f"maps of layer {layer}", leave=False):
+                rows += share_rows(score, cuts, study.sources.name)
+                label = f"{score.linear.kind} {score.control}"
+                maps[f"{label} sorted"] = _digits(shrink(score.sorted()))
+                maps[f"{label} unsorted"] = _digits(shrink(score.S))
+                if score.control == "real":
+                    rows.append(stable_rank_row(score, study.sources.name))
+        kept = study.table.add(key, [row | about for row in rows], maps, costs)
+    return kept["items"]
 
 
 def share_rows(score: ScoreMap, cuts: Sequence[float], name: str) -> list[dict]:
@@ -133,11 +137,10 @@ def share_rows(score: ScoreMap, cuts: Sequence[float], name: str) -> list[dict]:
     return rows
 
 
-def stable_rank_row(linear: DecoderLinear, name: str) -> dict:
+def stable_rank_row(score: ScoreMap, name: str) -> dict:
     """Result row: ||W||_F^2 / ||W||_2^2."""
-    where = {"layer": linear.layer, "linear": linear.kind, "control": "real"}
-    value = stable_rank(linear.module.weight)
-    return {"model": name, "task": "score-map", "metric": "stable_rank", "value": value, **where}
+    where = {"layer": score.linear.layer, "linear": score.linear.kind, "control": score.control}
+    return {"model": name, "task": "score-map", "metric": "stable_rank", "value": stable_rank(score.sigma), **where}
 
 
 def mean_shares(frame: pd.DataFrame, metric: str) -> pd.Series:
@@ -173,7 +176,7 @@ def _digits(S: Tensor) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in S.tolist()]
 
 
-def shrink(S: Tensor, size: int = 96) -> Tensor:
+def shrink(S: Tensor, size: int = 64) -> Tensor:
     """S averaged over blocks to at most (size, size), for display."""
     target = (min(size, S.shape[0]), min(size, S.shape[1]))
     return torch.nn.functional.adaptive_avg_pool2d(S[None, None], target)[0, 0]
