@@ -23,9 +23,9 @@ from typing import Any
 
 from rsparse.execution import Job
 from rsparse.files import write_json
-from rsparse.paths import HERE, ROOT, Checkout
+from rsparse.paths import HERE, ROOT, Checkout, stamp
 from rsparse.presets import Preset, exhibits_in, load
-from rsparse.provenance import CODE, DATA, content_hash
+from rsparse.provenance import CODE, DATA, content_hash, versions
 
 HEARTBEAT_S = 60
 TRACEBACK_LINES = 15
@@ -35,7 +35,8 @@ TRACEBACK_LINES = 15
 class Entry:
     """What the ledger knows of one notebook: times in seconds, memory in bytes.
 
-    `resumed`: rows of an interrupted attempt were kept, so `seconds` counts the last attempt only.
+    `resumed`: rows of an interrupted attempt were kept, so `seconds` counts the last attempt only. `variant`: of
+    the preset, "whole" or "overnight".
     """
 
     notebook: str
@@ -46,6 +47,7 @@ class Entry:
     peak_memory: int = 0
     gpu_peak_memory: int = 0
     resumed: bool = False
+    variant: str = "whole"
 
 
 class Ledger:
@@ -83,10 +85,11 @@ def run(
     """Run a preset's notebooks that are not finished yet; returns the number of notebooks that failed.
 
     Raises ValueError, before anything runs, for an unknown preset, notebook or parameter, a value of the
-    wrong type, a folder that cannot be written, or a run folder in use by another batch.
+    wrong type, a GPU that is not there, a folder that cannot be written, or one in use by another batch.
     """
     preset = load(name, checkout, overnight)
     chosen = preset.choose(only)
+    _check_devices(preset.parameters[exhibit].get("device", "cpu") for exhibit in chosen)
     folder = Path(out or checkout.run_folder(name)).resolve()
     with exclusive(folder):
         ledger = Ledger(folder)
@@ -110,24 +113,33 @@ def run(
     return len(failed)
 
 
+def _check_devices(devices: Iterable[str]) -> None:
+    if others := sorted({device for device in devices if device != "cpu"}):
+        from rsparse.models import check_device  # takes seconds, which a batch on the CPU need not wait
+
+        for device in others:
+            check_device(device)
+
+
 def run_keys(preset: Preset, checkout: Checkout) -> dict[str, str]:
-    """Exhibit -> hash over all that its result depends on: parameters, notebook, code and data."""
-    surroundings = content_hash(checkout.root, CODE, ".py") + content_hash(checkout.root, DATA)
+    """Exhibit -> hash over all that its result depends on: parameters, notebook, code, data, packages, and the
+    files of folders that parameters name."""
+    surroundings = content_hash(checkout.root, CODE, ".py") + content_hash(checkout.root, DATA) + json.dumps(versions())
     keys = {}
     for exhibit, parameters in preset.parameters.items():
         source = exhibits_in(checkout.notebooks)[exhibit].read_bytes()
-        parts = surroundings.encode() + json.dumps(parameters, sort_keys=True).encode() + source
+        stamps = [stamp(value) for value in parameters.values() if isinstance(value, str)]
+        parts = surroundings.encode() + json.dumps([parameters, stamps], sort_keys=True).encode() + source
         keys[exhibit] = hashlib.sha256(parts).hexdigest()
     return keys
 
 
 def estimate(preset: Preset, chosen: list[str], waiting: list[str], checkout: Checkout) -> str:
     """What each chosen notebook took where this preset was run before, or is projected to take."""
-    known = {}
-    for file in ("estimate.json", "batch.json"):  # a measured run outweighs a projection
-        path = checkout.results / preset.name / file
-        if path.exists():
-            known |= json.loads(path.read_text(encoding="utf-8"))["notebooks"]
+    projected = _read_json(checkout.results / preset.name / "estimate.json").get(preset.variant, {})
+    measured = _read_json(checkout.results / preset.name / "batch.json").get("notebooks", {})
+    measured = {exhibit: cost for exhibit, cost in measured.items() if cost.get("variant", "whole") == preset.variant}
+    known = projected.get("notebooks", {}) | measured
     rows = []
     for exhibit in chosen:
         cost = known.get(exhibit)
@@ -136,8 +148,15 @@ def estimate(preset: Preset, chosen: list[str], waiting: list[str], checkout: Ch
     missing = [exhibit for exhibit in waiting if exhibit not in known]
     total = duration(sum(known[exhibit]["seconds"] for exhibit in waiting if exhibit in known))
     total += f" and {len(missing)} notebook(s) without an estimate" if missing else ""
+    rows.append(("together", total))
+    if (factors := projected.get("factors", {}).get("seconds")) and not measured:
+        rows.append(("low-rank factors", f"{duration(factors)} more, once per model; kept in the cache folder"))
     title = f"Preset {preset.name}: {len(waiting)} of {len(chosen)} notebooks to run"
-    return _table(title, ("notebook", "estimate"), [*rows, ("together", total)])
+    return _table(title, ("notebook", "estimate"), rows)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def closing_table(chosen: list[str], waiting: list[str], ledger: Ledger) -> str:
@@ -210,14 +229,14 @@ def _run_one(
 ) -> Entry:
     source = exhibits_in(checkout.notebooks)[exhibit]
     results = folder / "results" / exhibit
-    before = ledger.entries.get(exhibit)
-    if fresh or before is None or before.key != key:  # rows of other code, data or parameters are no start
+    if fresh:
         shutil.rmtree(results, ignore_errors=True)
     resumed = results.exists() and any(results.iterdir())
     results.mkdir(parents=True, exist_ok=True)
     (folder / source.name).unlink(missing_ok=True)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    ledger.record(exhibit, Entry(source.name, key, "running", started, resumed=resumed))
+    about = {"started": started, "resumed": resumed, "variant": preset.variant}
+    ledger.record(exhibit, Entry(source.name, key, "running", **about))
 
     report, log = folder / f"{source.stem}.report.json", _log(folder, source.name)
     parameters = preset.parameters[exhibit] | {"results": str(results)}
@@ -232,15 +251,7 @@ def _run_one(
         outcome = {"state": "failed"}
         with log.open("a", encoding="utf-8") as stream:
             stream.write("The notebook's process was killed, by the system for want of memory or by hand.\n")
-    entry = Entry(
-        source.name,
-        key,
-        started=started,
-        seconds=seconds,
-        resumed=resumed,
-        gpu_peak_memory=_gpu_peak_memory(results),
-        **outcome,
-    )
+    entry = Entry(source.name, key, seconds=seconds, gpu_peak_memory=_gpu_peak_memory(results), **about, **outcome)
     ledger.record(exhibit, entry)
     return entry
 
@@ -250,6 +261,7 @@ def _execute(job: Job, log: Path, say: Callable[[str], None]) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this interpreter, not one installed for the user
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # else a busy core costs ten times its share
     }
     clock = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
@@ -267,7 +279,7 @@ def _execute(job: Job, log: Path, say: Callable[[str], None]) -> None:
                 try:
                     process.wait(HEARTBEAT_S)
                 except subprocess.TimeoutExpired:
-                    say(f"{_last_cell(log)}, {duration(time.monotonic() - clock)}")
+                    say(f"{_progress(log)}, {duration(time.monotonic() - clock)}")
         finally:
             process.stdin.close()
             process.wait()
@@ -283,9 +295,15 @@ def _log(folder: Path, notebook: str) -> Path:
     return (folder / notebook).with_suffix(".log")
 
 
-def _last_cell(log: Path) -> str:
-    cells = re.findall(r"Executing Cell (\d+)", log.read_text(encoding="utf-8", errors="replace"))
-    return f"cell {cells[-1]}" if cells else "starting"
+def _progress(log: Path) -> str:
+    """The cell that runs, and how far its outermost progress bar is."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    before, found, after = text.rpartition("Executing Cell ")
+    if not found:
+        return "starting"
+    bars = re.findall(r"([A-Za-z][\w -]*): +\d+%\|[^|]*\| (\d+/\d+)", after)
+    outermost = [bar for bar in bars if bar[0] == bars[0][0]][-1:]
+    return f"cell {after.split()[0].rstrip('-')}" + "".join(f", {name} {count}" for name, count in outermost)
 
 
 def _tail(log: Path) -> str:

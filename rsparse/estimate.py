@@ -1,14 +1,15 @@
 """What a batch on the users' GPU will take, projected from a rehearsal at full shape with random weights.
 
-A rehearsal preset runs the same notebooks and the same grid of settings as the real one, with few samples. Its
-journal says how long every group of rows took, and how long putting its setting on the model took before. The
-first scales with the tokens fed, the second does not; both scale with the speed of the GPU.
+A rehearsal preset runs the notebooks and the grid of settings of the real one, with few samples. Its journals say
+of every measurement what work it did, for how long, and over how many tokens. Work scales with the tokens and with
+the speed of the GPU; decompositions with its float64 speed; the rest of a notebook's time (loading, figures,
+lm-eval's own part) is taken as it was.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +17,117 @@ import pandas as pd
 
 from rsparse.files import write_json
 from rsparse.paths import HERE, Checkout
-from rsparse.presets import load
+from rsparse.presets import Preset, has_overnight, load
+from rsparse.results import read_journal
 
-SLOWER = 6.4
-"""A6000 against H200: dense bf16 155 and 989 TFLOP/s, memory 768 GB/s and 4.8 TB/s by the vendor's data sheets."""
+GPUS = {  # vendors' data sheets: dense bfloat16 and float64 TFLOP/s, memory TB/s
+    "A6000": {"bfloat16": 155, "float64": 0.6, "memory": 0.768},
+    "H100": {"bfloat16": 989, "float64": 34, "memory": 3.35},
+    "H200": {"bfloat16": 989, "float64": 34, "memory": 4.8},
+}
+TARGET = "A6000"
 OFFICIAL_ROWS = {  # task -> (items, options, assumed mean tokens of a row); items: sizes of the scored splits
     "winogrande": (1267, 2, 30), "piqa": (1838, 2, 45), "sciq": (1000, 4, 130), "obqa": (500, 4, 20),
     "hellaswag": (10042, 4, 100), "boolq": (3270, 2, 140), "arc_easy": (2376, 4, 40), "arc_challenge": (1172, 4, 45),
 }  # fmt: skip
-TINY_ROW = 60
-"""Assumed mean tokens of a row of the embedded tasks."""
 
 
 def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Checkout = HERE) -> Path:
     """Write data/results/<preset>/estimate.json from a finished run of the preset `rehearsal`.
 
-    Per notebook: projected seconds on an A6000 and the peaks of memory that the rehearsal measured, in bytes.
-    Raises ValueError where a notebook of the preset was not rehearsed.
+    It holds, for the whole and for the overnight subset: per notebook, projected seconds on an A6000 and the peaks
+    of memory that the rehearsal measured, in bytes; and the low-rank factors, which are computed once and kept.
+    Raises ValueError where a notebook of the preset was not rehearsed in one go, or the rehearsal's GPU is unknown.
     """
-    wanted, had = load(preset, checkout).parameters, load(rehearsal, checkout).parameters
-    folder = run or checkout.run_folder(rehearsal)
-    notebooks = {}
-    for exhibit, parameters in wanted.items():
-        table = folder / "results" / exhibit
-        if not (table / f"{exhibit}.json").exists():
-            raise ValueError(f"{exhibit} of {preset} was not rehearsed: {table} holds no finished table")
-        provenance = json.loads((table / f"{exhibit}.json").read_text(encoding="utf-8"))
-        seconds = _seconds(table / f"{exhibit}.jsonl", provenance["seconds"], parameters, had[exhibit])
-        memory = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory")}
-        notebooks[exhibit] = {"seconds": round(seconds), **memory}
+    folder = (run or checkout.run_folder(rehearsal)) / "results"
+    variants = {"whole": load(preset, checkout)}
+    if has_overnight(preset, checkout):
+        variants["overnight"] = load(preset, checkout, overnight=True)
+    rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in variants["whole"].parameters}
+    provenance = next(iter(rehearsed.values()))[0]
+    slower = _slower(provenance["device"])
+    found: dict[str, Any] = {name: _variant(one, rehearsed, slower) for name, one in variants.items()}
+    found["source"] = {"rehearsal": rehearsal, "device": provenance["device"], "code": provenance["code"],
+                       "slower": slower, "gpus": GPUS, "official_rows": OFFICIAL_ROWS}  # fmt: skip
     target = checkout.results / preset / "estimate.json"
-    source = {"rehearsal": rehearsal, "device": provenance["device"], "code": provenance["code"], "slower": SLOWER,
-              "official_rows": OFFICIAL_ROWS}  # fmt: skip
-    write_json(target, {"notebooks": notebooks, "source": source})
+    write_json(target, found)
     return target
 
 
-def _seconds(journal: Path, total: float, wanted: Mapping[str, Any], had: Mapping[str, Any]) -> float:
-    """Projected seconds of one notebook: its groups scaled by their tokens, the rest as it was.
+def _rehearsed(folder: Path, exhibit: str, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Provenance and costs of one rehearsed notebook; a cost's "from" names the notebook that it was paid in."""
+    path = folder / exhibit / f"{exhibit}.json"
+    if not path.exists():
+        raise ValueError(f"{exhibit} of {preset} was not rehearsed: {path.parent} holds no finished table")
+    provenance = json.loads(path.read_text(encoding="utf-8"))
+    groups = read_journal(path.with_suffix(".jsonl")).values()
+    costs = [cost | {"from": group.get("from", exhibit)} for group in groups for cost in group["costs"]]
+    own = sum(cost["seconds"] for cost in costs if cost["from"] == exhibit)
+    if own > provenance["seconds"] + 1:
+        raise ValueError(f"{exhibit} was rehearsed in several attempts; run the rehearsal again with --fresh")
+    return provenance | {"rest": max(provenance["seconds"] - own, 0.0)}, costs
 
-    By the median group of a kind: the first of each waits for files and for the GPU to warm up.
+
+def _variant(preset: Preset, rehearsed: Mapping[str, tuple[dict, list[dict]]], slower: float) -> dict[str, Any]:
+    """The projection of a preset or of its overnight subset; a measurement that two notebooks share is paid once."""
+    notebooks, factors = {}, {}
+    for exhibit, parameters in preset.parameters.items():
+        provenance, costs = rehearsed[exhibit]
+        paid = [x for x in costs if x["from"] == exhibit or x["from"] not in preset.parameters]
+        needed = [x for x in paid if x["sparsity"] in (0, *parameters.get("sparsities", [x["sparsity"]]))]
+        seconds = provenance["rest"] + _scaled(needed, parameters, slower)
+        memory = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory")}
+        notebooks[exhibit] = {"seconds": round(seconds), **memory}
+    for _, costs in rehearsed.values():
+        stored = (x for x in costs if x["what"] == "factors of calibrate")
+        factors |= {(x["from"], x["m"], x["n"], x["seconds"]): decomposition_seconds(x, slower) for x in stored}
+    return {"notebooks": notebooks, "factors": {"seconds": round(sum(factors.values()))}}
+
+
+def _scaled(costs: Iterable[Mapping[str, Any]], parameters: Mapping[str, Any], slower: float) -> float:
+    """Seconds on the target: token by token for what feeds tokens, by the median of its kind, because the first of
+    each waits for files and for the GPU to warm up."""
+    frame, total = pd.DataFrame(costs), 0.0
+    for what, part in frame.groupby("what") if len(frame) else ():
+        if what == "factors of maps":
+            total += sum(decomposition_seconds(x, slower) for x in part.to_dict("records"))
+        elif what != "factors of calibrate":  # these are kept, and projected apart
+            fed = part[part["tokens"] > 0]
+            per_token = (fed["seconds"] / fed["tokens"]).median() if len(fed) else 0.0
+            total += slower * (len(fed) * per_token * tokens(what, parameters) if len(fed) else 0.0)
+            total += slower * part.loc[part["tokens"] == 0, "seconds"].sum()
+    return total
+
+
+def tokens(what: str, parameters: Mapping[str, Any]) -> float:
+    """Tokens that one measurement of the kind `what` feeds under a real preset's parameters."""
+    if what == "calibrate":
+        return parameters["samples"] * parameters["length"]
+    if what == "heldout":
+        return parameters["windows"] * parameters["window"]
+    if what == "summaries":
+        return parameters["articles"] * parameters["summary_tokens"]
+    if what != "tasks" or parameters["suite"] != "official":
+        raise ValueError(f"no projection for {what!r} of suite {parameters.get('suite')!r}; expected official tasks")
+    limit = parameters["items"] or 10**9
+    return sum(min(items, limit) * options * length for items, options, length in OFFICIAL_ROWS.values())
+
+
+def decomposition_seconds(cost: Mapping[str, Any], slower: float) -> float:
+    """One `svd_factors` on the target: as much slower as other work, or bound by float64 at half its peak rate.
+
+    Operations: two products with the weight, 4 m n s, and the eigenvectors of the Gram matrix, about 9 s^3, with
+    s = min(m, n) (Golub and Van Loan, Matrix Computations, section 8.3).
     """
-    groups = pd.DataFrame(map(json.loads, journal.read_text(encoding="utf-8").splitlines()[1:]))
-    rest, scaled = total - groups["seconds"].sum(), 0.0
-    for what, seconds in groups.groupby("what")["seconds"]:
-        scaled += len(seconds) * seconds.median() * work(what, wanted) / work(what, had)
-    return SLOWER * (scaled + rest)
+    m, n = cost["m"], cost["n"]
+    operations = 4 * m * n * min(m, n) + 9 * min(m, n) ** 3
+    return max(slower * cost["seconds"], 2 * operations / (GPUS[TARGET]["float64"] * 1e12))
 
 
-def work(what: str, parameters: Mapping[str, Any]) -> float:
-    """Tokens that a group of rows of this kind feeds; 1 where the kind does not depend on sample numbers."""
-    if what == "tasks":
-        limit = parameters["items"] or 10**9
-        if parameters["suite"] == "tiny":
-            return float(sum(limit * options * TINY_ROW for _, options, _ in OFFICIAL_ROWS.values()))
-        return float(sum(min(items, limit) * options * length for items, options, length in OFFICIAL_ROWS.values()))
-    if what == "losses":
-        return float(parameters["windows"] * parameters["window"])
-    if what == "rouge":
-        return float(parameters["articles"])
-    return 1.0
+def _slower(device: str) -> float:
+    """How much slower the target is than `device`: the larger of the ratios of arithmetic and of memory speed."""
+    known = [name for name in GPUS if name in device]
+    if not known:
+        raise ValueError(f"the rehearsal ran on {device!r}; expected a GPU of {', '.join(GPUS)}")
+    ours, target = GPUS[known[0]], GPUS[TARGET]
+    return max(ours["bfloat16"] / target["bfloat16"], ours["memory"] / target["memory"])

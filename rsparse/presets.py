@@ -31,6 +31,7 @@ class Preset:
     title: str
     device_note: str
     parameters: Mapping[str, dict[str, Any]]
+    variant: str = "whole"  # or "overnight"
 
     def choose(self, only: Iterable[str] = ()) -> list[str]:
         """Exhibits to run, in reading order; ValueError names one that the preset does not have."""
@@ -53,15 +54,22 @@ def exhibits_in(folder: Path) -> dict[str, Path]:
     return {path.stem.partition("-")[2]: path for path in sorted(folder.glob("[0-9]*-*.ipynb"))}
 
 
+def names(checkout: Checkout = HERE) -> list[str]:
+    """The presets of notebooks/presets/, in alphabetic order."""
+    return sorted(path.stem for path in checkout.presets.glob("*.yaml"))
+
+
 def load(name: str, checkout: Checkout = HERE, overnight: bool = False) -> Preset:
     """Read notebooks/presets/<name>.yaml; ValueError for anything a notebook would not understand."""
-    known = {path.stem: path for path in checkout.presets.glob("*.yaml")}
-    if name not in known:
+    if name not in (known := names(checkout)):
         raise unknown("preset", name, known)
-    document = _read_yaml(known[name])
+    path = checkout.presets / f"{name}.yaml"
+    document = _read_yaml(path)
     if document.get("preset") != name:
-        raise ValueError(f"{known[name].name}: `preset` is {document.get('preset')!r}, it must be {name!r}")
+        raise ValueError(f"{path.name}: `preset` is {document.get('preset')!r}, it must be {name!r}")
     overrides = document.get("notebooks") or {}
+    if not overrides:
+        raise ValueError(f"{path.name} names no notebook; expected some under `notebooks:`")
     shared = {key: value for key, value in document.items() if key not in RUNNER_KEYS}
     sources = exhibits_in(checkout.notebooks)
     for exhibit in overrides:
@@ -80,7 +88,14 @@ def load(name: str, checkout: Checkout = HERE, overnight: bool = False) -> Prese
     if overnight and not shorter:
         raise ValueError(f"preset {name!r} has no overnight subset; run it without --overnight")
     title, device_note = document.get("title") or name, document.get("device_note") or ""
-    return Preset(name, title, device_note, shorter if overnight else parameters)
+    if overnight:
+        return Preset(name, title, device_note, shorter, "overnight")
+    return Preset(name, title, device_note, parameters)
+
+
+def has_overnight(name: str, checkout: Checkout = HERE) -> bool:
+    """Whether the preset, which must exist, has an overnight subset."""
+    return bool(_read_yaml(checkout.presets / f"{name}.yaml").get("overnight"))
 
 
 def _overnight(name: str, subset: dict[str, Any], parameters: dict, defaults: dict) -> dict[str, dict[str, Any]]:

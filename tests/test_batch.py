@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -135,7 +136,7 @@ def test_finished_notebooks_are_repeated_only_when_asked_for_or_changed(checkout
     made_up.write_notebook(checkout, "10-first.ipynb", work="2 + 2")
     assert main(arguments, checkout) == 0
     assert json.loads((out / "ledger.json").read_text())["notebooks"]["first"]["started"] > first["started"]
-    assert attempts(out, "first") == 1  # rows of another source are not kept
+    assert attempts(out, "first") == 2  # rows stay: the journal itself knows what they depend on
 
 
 def test_a_killed_batch_leaves_no_process_and_resumes_where_it_was(checkout):
@@ -194,12 +195,14 @@ def test_the_estimate_prefers_what_was_measured_here_to_a_projection(checkout, c
         exhibit: {"seconds": 7200, "peak_memory": 2**31, "gpu_peak_memory": 40 * 2**30}
         for exhibit in ("first", "second-one")
     }
-    (folder / "estimate.json").write_text(json.dumps({"notebooks": projected}))
-    (folder / "batch.json").write_text(
-        json.dumps({"notebooks": {"first": {"seconds": 3600, "peak_memory": 2**30}}})
-    )
+    shorter = {"notebooks": {"first": {"seconds": 60, "peak_memory": 2**30}}, "factors": {"seconds": 300}}
+    (folder / "estimate.json").write_text(json.dumps({"whole": {"notebooks": projected}, "overnight": shorter}))
+    measured = {"seconds": 3600, "peak_memory": 2**30, "variant": "whole"}
+    (folder / "batch.json").write_text(json.dumps({"notebooks": {"first": measured}}))
     said = estimate(preset, ["first", "second-one"], ["first", "second-one"], checkout)
     assert "60.0 min, 1.0 GiB\n" in said and "2.0 h, 2.0 GiB + 40.0 GiB GPU" in said and "3.0 h" in said
+    night = estimate(replace(preset, variant="overnight"), ["first"], ["first"], checkout)
+    assert "60 s, 1.0 GiB\n" in night and "5.0 min more, once per model" in night and "60.0 min" not in night
 
 
 def test_plain_papermill_takes_the_preset_file(checkout, tmp_path):

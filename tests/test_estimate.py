@@ -1,23 +1,54 @@
-"""Projection of a batch from its rehearsal: what scales with the tokens fed, and what does not."""
+"""Projection of a batch from its rehearsal: what scales with tokens, what with float64, what not at all."""
 
 import json
 
 import pytest
 
-from rsparse.estimate import OFFICIAL_ROWS, SLOWER, TINY_ROW, project, work
+from rsparse.estimate import GPUS, OFFICIAL_ROWS, decomposition_seconds, project, tokens
 from rsparse.paths import HERE, Checkout
 
-SHARED = {"items": 8, "suite": "tiny", "windows": 2, "window": 4096, "articles": 4}
+REAL = {"items": 0, "suite": "official", "windows": 32, "window": 4096, "samples": 16, "length": 4096} | {
+    "articles": 500, "summary_tokens": 64,
+}  # fmt: skip
+SLOWER = 989 / 155
 
 
-def test_work_counts_the_tokens_of_a_group():
-    rows = sum(options for _, options, _ in OFFICIAL_ROWS.values())
-    assert work("tasks", SHARED) == 8 * rows * TINY_ROW
+def test_tokens_of_one_measurement():
     everything = sum(items * options * length for items, options, length in OFFICIAL_ROWS.values())
-    assert work("tasks", SHARED | {"items": 0, "suite": "official"}) == everything
-    limited = work("tasks", SHARED | {"items": 500, "suite": "official"})
-    assert limited == sum(500 * options * length for _, options, length in OFFICIAL_ROWS.values())
-    assert work("losses", SHARED) == 8192 and work("rouge", SHARED) == 4 and work("differences", SHARED) == 1
+    assert tokens("tasks", REAL) == everything
+    limited = sum(500 * options * length for _, options, length in OFFICIAL_ROWS.values())
+    assert tokens("tasks", REAL | {"items": 500}) == limited
+    assert tokens("heldout", REAL) == 32 * 4096 and tokens("calibrate", REAL) == 16 * 4096
+    assert tokens("summaries", REAL) == 500 * 64
+    for what, suite in (("tasks", "tiny"), ("singing", "official")):
+        with pytest.raises(ValueError, match=f"no projection for '{what}'"):
+            tokens(what, REAL | {"suite": suite})
+
+
+def test_decompositions_are_bound_by_float64_or_as_slow_as_the_rest():
+    square = {"m": 4096, "n": 4096, "seconds": 1e-3}
+    assert decomposition_seconds(square, SLOWER) == pytest.approx(2 * 13 * 4096**3 / 0.6e12)
+    assert decomposition_seconds(square | {"seconds": 100.0}, SLOWER) == pytest.approx(100 * SLOWER)
+    wide, tall = ({"m": m, "n": n, "seconds": 0.0} for m, n in ((1024, 4096), (4096, 1024)))
+    assert decomposition_seconds(wide, 1) == decomposition_seconds(tall, 1)
+
+
+def cost(what: str, seconds: float, tokens: int = 0, sparsity: float = 0.5, **more) -> dict:
+    return {"what": what, "seconds": seconds, "tokens": tokens, "sparsity": sparsity} | more
+
+
+COSTS = {
+    "figure-1-3": [[cost("maps", 3.0), cost("factors of maps", 20.0, m=4096, n=4096)]],
+    "figure-5": [
+        [cost("heldout", 9.0, 8192, 0.0), cost("tasks", 5.0, 1000, 0.0)],  # the first waits for the GPU
+        [cost("calibrate", 2.0, 8192), cost("factors of calibrate", 50.0, m=4096, n=4096)],
+        [cost("heldout", 1.0, 8192), cost("tasks", 4.0, 1000)],
+        [cost("heldout", 2.0, 8192, 0.6)],
+        [cost("summaries", 8.0, 256)],
+    ],
+    "table-3": [[cost("heldout", 1.5, 8192, 0.7), cost("calibrate", 0.5, 0, 0.7)]],
+    "planted-control": [],
+}
 
 
 @pytest.fixture
@@ -25,31 +56,57 @@ def rehearsed(tmp_path):
     """A checkout whose notebooks and presets are ours, and a made-up run of the Llama-2-7B rehearsal."""
     made = Checkout(tmp_path)
     made.notebooks.symlink_to(HERE.notebooks)
-    for exhibit in ("figure-1-3", "figure-5", "table-3", "planted-control"):
+    for exhibit, groups in COSTS.items():
         folder = made.run_folder("rehearsal-llama-2-7b") / "results" / exhibit
         folder.mkdir(parents=True)
-        provenance = {"seconds": 100.0, "peak_memory": 3, "gpu_peak_memory": 5, "device": "a GPU", "code": "c"}
+        provenance = {"seconds": 100.0, "peak_memory": 3, "gpu_peak_memory": 5, "device": "NVIDIA H100", "code": "c"}
         (folder / f"{exhibit}.json").write_text(json.dumps(provenance))
-        groups = [{"what": "losses", "seconds": s} for s in (9.0, 1.0, 2.0)] if exhibit == "table-3" else []
-        groups = groups or [{"what": "score-map", "seconds": 40.0}]
-        (folder / f"{exhibit}.jsonl").write_text("\n".join(map(json.dumps, [{"about": {}}, *groups])) + "\n")
+        lines = [{"key": f"{exhibit} {i}", "costs": costs} for i, costs in enumerate(groups)]
+        if exhibit == "table-3":  # Table 3 takes over what Figure 5 has measured
+            shared = enumerate(COSTS["figure-5"][:4])
+            lines += [{"key": f"5 {i}", "costs": costs, "from": "figure-5"} for i, costs in shared]
+        (folder / f"{exhibit}.jsonl").write_text("\n".join(map(json.dumps, [{"about": {}}, *lines])) + "\n")
     return made
 
 
-def test_groups_scale_with_their_tokens_and_the_rest_with_the_gpu(rehearsed):
+def test_every_part_scales_with_what_it_depends_on(rehearsed):
     path = project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)
     found = json.loads(path.read_text())
     assert path == rehearsed.results / "a6000-llama-2-7b" / "estimate.json"
-    assert found["notebooks"]["figure-1-3"] == {
-        "seconds": round(SLOWER * 100), "peak_memory": 3, "gpu_peak_memory": 5,
-    }  # fmt: skip
-    # three groups at their median of 2 s, sixteen times the windows; 100 - 12 s of anything else
-    assert found["notebooks"]["table-3"]["seconds"] == round(SLOWER * (3 * 2 * 16 + 88))
-    assert found["source"]["rehearsal"] == "rehearsal-llama-2-7b"
+    whole = {exhibit: cost["seconds"] for exhibit, cost in found["whole"]["notebooks"].items()}
+    assert whole["figure-1-3"] == round(100 - 23 + SLOWER * (3 + 20))
+    work = 3 * 2.0 / 8192 * tokens("heldout", REAL) + 2 * 0.0045 * tokens("tasks", REAL)  # by the median
+    work += 2.0 / 8192 * tokens("calibrate", REAL) + 8.0 / 256 * tokens("summaries", REAL)
+    assert whole["figure-5"] == round(100 - 81 + SLOWER * work)
+    assert whole["table-3"] == round(98 + SLOWER * (1.5 * 16 + 0.5)), "shared measurements are paid once"
+    assert found["whole"]["factors"]["seconds"] == found["overnight"]["factors"]["seconds"] == round(SLOWER * 50)
+    assert found["whole"]["notebooks"]["figure-5"]["gpu_peak_memory"] == 5
+    assert found["source"]["rehearsal"] == "rehearsal-llama-2-7b" and found["source"]["gpus"] == GPUS
 
 
-def test_a_notebook_that_was_not_rehearsed_is_named(rehearsed):
-    (rehearsed.run_folder("rehearsal-llama-2-7b") / "results" / "figure-5" / "figure-5.json").unlink()
-    with pytest.raises(ValueError, match="figure-5 of a6000-llama-2-7b was not rehearsed"):
-        project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)
-    assert not rehearsed.results.exists()
+def test_the_overnight_subset_pays_for_its_own_settings(rehearsed):
+    path = project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)
+    night = json.loads(path.read_text())["overnight"]["notebooks"]
+    assert set(night) == {"figure-1-3", "table-3"}
+    shorter = REAL | {"items": 500}  # at 50% alone: what Figure 5 paid for in the whole, without its summaries
+    work = 2 * 5.0 / 8192 * tokens("heldout", shorter) + 2 * 0.0045 * tokens("tasks", shorter)
+    work += 2.0 / 8192 * tokens("calibrate", shorter)
+    assert night["table-3"]["seconds"] == pytest.approx(98 + SLOWER * work, abs=1)
+
+
+def test_what_cannot_be_projected_is_refused(rehearsed):
+    folder = rehearsed.run_folder("rehearsal-llama-2-7b") / "results"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)
+        assert not rehearsed.results.exists()
+
+    about = json.loads((folder / "figure-1-3" / "figure-1-3.json").read_text())
+    (folder / "figure-1-3" / "figure-1-3.json").write_text(json.dumps(about | {"device": "x86_64 CPU, 2 threads"}))
+    refused("the rehearsal ran on 'x86_64 CPU, 2 threads'; expected a GPU of A6000, H100, H200")
+    (folder / "figure-1-3" / "figure-1-3.json").write_text(json.dumps(about | {"seconds": 5.0}))
+    refused("figure-1-3 was rehearsed in several attempts")
+    (folder / "figure-1-3" / "figure-1-3.json").write_text(json.dumps(about))
+    (folder / "figure-5" / "figure-5.json").unlink()
+    refused("figure-5 of a6000-llama-2-7b was not rehearsed")
