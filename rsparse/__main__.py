@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rsparse import batch, book
 from rsparse.paths import HERE, Checkout
 
 
@@ -19,17 +18,28 @@ def main(arguments: Sequence[str] | None = None, checkout: Checkout = HERE) -> i
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"error: cannot write {error.filename}; choose another folder with --out", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print(f"interrupted; the same command{' without --fresh' * getattr(options, 'fresh', False)} continues",
+              file=sys.stderr)  # fmt: skip
         return 130
 
 
+# The commands import what they need: --help answers at once.
+
+
 def _run(options: argparse.Namespace, checkout: Checkout) -> int:
+    from rsparse import batch
+
     failed = batch.run(options.preset, checkout, options.out, options.only, options.fresh, options.overnight)
     return 1 if failed else 0
 
 
 def _publish(options: argparse.Namespace, checkout: Checkout) -> int:
+    from rsparse import book
+
     if options.preset is None:
         book.write_pages(checkout)
         return 0
@@ -40,12 +50,14 @@ def _publish(options: argparse.Namespace, checkout: Checkout) -> int:
 
 
 def _build(options: argparse.Namespace, checkout: Checkout) -> int:
+    from rsparse import book
+
     print(f"the book is at {book.build(checkout, options.run, options.out)}")
     return 0
 
 
 def _estimate(options: argparse.Namespace, checkout: Checkout) -> int:
-    from rsparse.estimate import project  # pandas, which the other commands need not wait for
+    from rsparse.estimate import project
 
     print(f"wrote {project(options.preset, options.rehearsal, options.run, checkout)}")
     return 0

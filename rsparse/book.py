@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 from nbformat import NotebookNode
 
-from rsparse import pages
+from rsparse import claims, pages
 from rsparse.batch import Entry, Ledger, gibibytes
-from rsparse.claims import scorecard_markdown, verdicts_markdown
+from rsparse.exhibits import rank_reading
 from rsparse.files import write_json, write_text
 from rsparse.paths import HERE, Checkout
-from rsparse.presets import exhibits_in
+from rsparse.presets import exhibits_in, names, unknown
 
 STAGED = ("book", "notebooks", "data/results", "_config.yml", "_toc.yml")
 README_MARKS = ("<!-- runs:begin -->", "<!-- runs:end -->")
@@ -35,11 +36,17 @@ def publish(
     """
     ledger = Ledger(run)
     held = ledger.about.get("preset")
-    if held is None or preset not in (None, held):
-        raise ValueError(f"{run} holds {f'a run of preset {held!r}' if held else 'no run'}")
+    if held is None:
+        if preset not in (None, *(known := names(checkout))):
+            raise unknown("preset", preset, known)
+        raise ValueError(f"{run} holds no run; make one with: python -m rsparse run --preset {preset or 'NAME'}")
+    if preset not in (None, held):
+        raise ValueError(f"{run} holds a run of preset {held!r}")
     done = [exhibit for exhibit in ledger.entries if ledger.done(exhibit)]
     missing = [exhibit for exhibit in ledger.about["wanted"] if exhibit not in done]
-    if not done or (missing and not allow_partial):
+    if not done:
+        raise ValueError(f"no notebook of preset {held} has finished in {run}; run it again")
+    if missing and not allow_partial:
         raise ValueError(
             f"preset {held} is not finished, missing: {', '.join(missing)}. "
             "Run it again, or publish what there is with --allow-partial"
@@ -69,8 +76,8 @@ def write_pages(checkout: Checkout = HERE) -> None:
         texts[checkout.exhibits / f"{exhibit}.md"] = page.text
         figures |= page.figures
     generated = checkout.book / "_generated"
-    texts[generated / "scorecard.md"] = scorecard_markdown(checkout.results)
-    texts[generated / "verdicts.md"] = verdicts_markdown(checkout.results)
+    texts[generated / "scorecard.md"] = claims.scorecard_markdown(checkout.results)
+    texts[generated / "verdicts.md"] = _answers(batches, checkout) + claims.verdicts_markdown(checkout.results)
     texts[generated / "status.md"] = f"{_runs_table(batches)}\n\n{_versions_table(batches, checkout)}\n"
     for path, text in texts.items():
         write_text(path, text)
@@ -107,10 +114,14 @@ def stage(checkout: Checkout, folder: Path) -> Checkout:
     for part in STAGED:
         source, target = checkout.root / part, folder / part
         if source.is_dir():
-            shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("_build"))
+            ignored = shutil.ignore_patterns("_build")
+            shutil.copytree(source, target, symlinks=True, ignore=ignored, copy_function=shutil.copyfile)
         elif source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+            shutil.copyfile(source, target)
+    for path in folder.rglob("*"):
+        if path.is_dir():  # of a read-only checkout, so are the copies of its folders
+            path.chmod(0o755)
     return Checkout(folder)
 
 
@@ -160,8 +171,10 @@ def _record_batch(path: Path, ledger: Ledger, done: list[str]) -> None:
 
 
 def _batches(checkout: Checkout) -> dict[str, dict[str, Any]]:
-    files = sorted(checkout.results.glob("*/batch.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    """Preset -> its published batch, in the order of the tabs: that of claims.yaml, then others by name."""
+    files = {path.parent.name: path for path in sorted(checkout.results.glob("*/batch.json"))}
+    known = [preset for preset in claims.load().presets if preset in files]
+    return {preset: json.loads(files[preset].read_text(encoding="utf-8")) for preset in (*known, *files)}
 
 
 def _executed(preset: str, batch: dict[str, Any], exhibit: str, checkout: Checkout) -> pages.Executed | None:
@@ -180,6 +193,22 @@ def _executed(preset: str, batch: dict[str, Any], exhibit: str, checkout: Checko
 
 def _provenance(checkout: Checkout, preset: str, exhibit: str) -> dict[str, Any]:
     return json.loads((checkout.results / preset / f"{exhibit}.json").read_text(encoding="utf-8"))
+
+
+def _answers(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:
+    """The central question's answer, in words, from every preset that measured Table 3."""
+    lines = []
+    for preset, batch in batches.items():
+        path = checkout.results / preset / "table-3.csv"
+        if path.exists() and "against" in (rows := pd.read_csv(path, low_memory=False)):
+            model = str(rows["model"].iloc[0])
+            points = rank_reading.sweep_points(rows)
+            lines.append(f"- **{batch['title']}.** {rank_reading.reading(rows, model)}")
+            lines += [f"  {rank_reading.sweep_reading(points, model)}"] if len(points) else []
+    if not lines:
+        return ""
+    question = "**Does the low-rank path earn the bytes it reads?** R-Sparse against plain input sparsity (TEAL)"
+    return "\n".join([f"{question}, [at the same budget](exhibits/table-3.md):", "", *lines, "", ""])
 
 
 def _runs_table(batches: dict[str, dict[str, Any]]) -> str:

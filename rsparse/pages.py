@@ -20,6 +20,7 @@ from rsparse.execution import INJECTED
 
 PICTURES = {"image/png": "png", "image/svg+xml": "svg"}
 ACTIVE_HTML = re.compile(r"<script|<iframe|<link|\bsrc\s*=\s*[\"']?\s*(?:https?:)?//", re.IGNORECASE)
+CAPTION = re.compile(r"<caption>(.*?)</caption>\n?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,32 @@ def source_hash(notebook: NotebookNode) -> str:
 
 
 def assemble(exhibit: str, source_name: str, source: NotebookNode, runs: list[Executed]) -> Page:
-    """The page of one exhibit; ValueError names the cell whose output cannot be shown."""
+    """The page of one exhibit; ValueError names the cell whose output cannot be shown.
+
+    Code is folded, that of cells without output together with the next one's. Tags: remove-cell, remove-input,
+    remove-output as in Jupyter Book; quoted, for output that is the same in every preset and stands without tabs.
+    """
     first = source.cells[0]
     if first.cell_type != "markdown" or not first.source.startswith("# "):
         raise ValueError(f"{source_name}: the first cell must be Markdown and start with the page's title")
     title, _, introduction = first.source.partition("\n")
     parts = [title, _runs_table(source_name, source, runs), introduction.strip()]
     figures: dict[str, bytes] = {}
+    code: list[str] = []
     for cell in source.cells[1:]:
         tags = cell.metadata.get("tags", [])
         if "remove-cell" in tags:
             continue
         if cell.cell_type == "markdown":
-            parts.append(cell.source)
+            parts += [_code("Code", code), cell.source]
+        elif "parameters" in tags:
+            parts += [_code("Parameters", [cell.source]), _tabs((run, _injected(run)) for run in runs)]
         elif cell.cell_type == "code":
-            if "remove-input" not in tags:
-                parts.append(_code("Code", cell.source))
-            if "parameters" in tags:
-                parts.append(_tabs((run, _injected(run)) for run in runs))
-            parts.append(_tabs((run, _outputs(run, exhibit, cell.id, figures)) for run in runs))
+            code += [] if "remove-input" in tags else [cell.source]
+            outputs = [(run, _outputs(run, exhibit, cell.id, figures)) for run in runs]
+            shown = outputs[0][1] if outputs and "quoted" in tags else _tabs(outputs)
+            parts += [_code("Code", code), shown] if shown else []
+    parts.append(_code("Code", code))
     return Page("\n\n".join(part for part in parts if part) + "\n", figures)
 
 
@@ -110,11 +118,14 @@ def _runs_table(source_name: str, source: NotebookNode, runs: list[Executed]) ->
 
 def _injected(run: Executed) -> str:
     cell = run.cell(INJECTED)
-    return _code("Parameters of this run", cell.source) if cell else ""
+    return _code("Parameters of this run", [cell.source]) if cell else ""
 
 
-def _code(label: str, source: str) -> str:
-    return fence("dropdown", fence("code-block", source, "python"), label)
+def _code(label: str, sources: list[str]) -> str:
+    """A folded block of all `sources`, which are then used up; "" for none."""
+    text = "\n\n".join(sources)
+    sources.clear()
+    return fence("dropdown", fence("code-block", text, "python"), label) if text else ""
 
 
 def _tabs(contents: Iterable[tuple[Executed, str]]) -> str:
@@ -168,10 +179,16 @@ def _figure(file: str, where: str, about: Mapping[str, Any]) -> str:
 
 
 def _html(content: str, where: str) -> str:
+    """A table in a box that scrolls sideways; its caption stands above the box, where it does not scroll away."""
     if ACTIVE_HTML.search(content):
         raise ValueError(f"{where}: HTML output with a script, or with anything loaded from another place")
-    box = '<div class="scroll-box" role="region" tabindex="0" aria-label="Table">'
-    return fence("raw", f"{box}\n{content}\n</div>", "html")
+    caption = CAPTION.search(content)
+    above, label = "", "Table"
+    if caption:
+        content = content.replace(caption[0], "", 1)
+        above, label = f'<p class="table-caption">{caption[1]}</p>\n', caption[1].replace('"', "&quot;")
+    box = f'<div class="scroll-box" role="region" tabindex="0" aria-label="{label}">'
+    return fence("raw", f"{above}{box}\n{content}\n</div>", "html")
 
 
 def _last_state(text: str) -> str:

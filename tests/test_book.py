@@ -215,6 +215,8 @@ def test_a_run_of_another_preset_or_without_tables_is_refused(checkout):
         book.publish(checkout.run_folder("small"), "other", checkout)
     with pytest.raises(ValueError, match="holds no run"):
         book.publish(checkout.root, None, checkout)
+    with pytest.raises(ValueError, match="unknown preset 'smal', did you mean 'small'"):
+        book.publish(checkout.root, "smal", checkout)
     (checkout.run_folder("other") / "results" / "first" / "first.csv").unlink()
     with pytest.raises(ValueError, match="without writing first.csv"):
         book.publish(checkout.run_folder("other"), "other", checkout)
