@@ -74,7 +74,8 @@ def _variant(preset: Preset, rehearsed: Mapping[str, tuple[dict, list[dict]]], s
     for exhibit, parameters in preset.parameters.items():
         provenance, costs = rehearsed[exhibit]
         paid = [x for x in costs if x["from"] == exhibit or x["from"] not in preset.parameters]
-        needed = [x for x in paid if x["sparsity"] in (0, *parameters.get("sparsities", [x["sparsity"]]))]
+        kept = (None, 0, *parameters["sparsities"]) if "sparsities" in parameters else None
+        needed = [x for x in paid if kept is None or x.get("sparsity") in kept]
         seconds = provenance["rest"] + _scaled(needed, parameters, slower)
         memory = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory")}
         notebooks[exhibit] = {"seconds": round(seconds), **memory}

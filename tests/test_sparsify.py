@@ -372,21 +372,22 @@ class TestPlacement:
 
     @every_request
     def test_sharded_and_dispatched_models_work_alike(self, folder, ids, logits, asked):
-        plain, auto = load_model(folder), load_model(folder, device_map="auto")
-        hooked = dispatch_model(load_model(folder), {"": "cpu"}, main_device="cpu", force_hooks=True)
-        layers = {f"model.layers.{i}": "cpu" for i in range(2)} | {
-            "model.norm": "cpu",
-            "model.rotary_emb": "cpu",
-        }
-        split = {"model.embed_tokens": "cpu", "lm_head": "cpu"} | layers
-        parts = dispatch_model(load_model(folder), split, main_device="cpu", force_hooks=True)
-        dense = logits(plain, ids)
+        """On a machine with several GPUs the parts lie on the first and on the last."""
+        count = torch.cuda.device_count()
+        home, away = ("cuda:0", f"cuda:{count - 1}") if count else ("cpu", "cpu")
+        plain, auto = load_model(folder, device=home), load_model(folder, device_map="auto")
+        hooked = dispatch_model(load_model(folder), {"": home}, main_device=home, force_hooks=True)
+        split = {"model.embed_tokens": home, "model.layers.0": home, "model.layers.1": away}
+        split |= {"model.norm": away, "model.rotary_emb": home, "lm_head": away}
+        parts = dispatch_model(load_model(folder), split, main_device=home, force_hooks=True)
+        on_home = ids.to(home)
+        dense = logits(plain, on_home).cpu()
         found = []
         for model in (plain, auto, hooked, parts):
             rsparse.sparsify(model, **dict(sparsity=0.5, calibration=ids) | asked)
-            found.append(logits(model, ids))
+            found.append(logits(model, on_home).cpu())
             rsparse.restore(model)
-            assert logits(model, ids).equal(dense)
+            assert logits(model, on_home).cpu().equal(dense)
         assert all(x.equal(found[0]) for x in found)
 
     def test_offloaded_weights_are_refused(self, folder, ids, logits):
