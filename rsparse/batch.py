@@ -26,6 +26,7 @@ from rsparse.files import write_json
 from rsparse.paths import HERE, ROOT, Checkout, stamp
 from rsparse.presets import Preset, exhibits_in, load
 from rsparse.provenance import CODE, DATA, content_hash, versions
+from rsparse.results import made_with, read_journal
 
 HEARTBEAT_S = 60
 TRACEBACK_LINES = 15
@@ -231,7 +232,7 @@ def _run_one(
     results = folder / "results" / exhibit
     if fresh:
         shutil.rmtree(results, ignore_errors=True)
-    resumed = results.exists() and any(results.iterdir())
+    resumed = bool(read_journal(results / f"{exhibit}.jsonl", made_with()))
     results.mkdir(parents=True, exist_ok=True)
     (folder / source.name).unlink(missing_ok=True)
     started = datetime.now(UTC).isoformat(timespec="seconds")

@@ -78,14 +78,14 @@ def write_pages(checkout: Checkout = HERE) -> None:
     generated = checkout.book / "_generated"
     texts[generated / "scorecard.md"] = claims.scorecard_markdown(checkout.results)
     texts[generated / "verdicts.md"] = _answers(batches, checkout) + claims.verdicts_markdown(checkout.results)
-    texts[generated / "status.md"] = f"{_runs_table(batches)}\n\n{_versions_table(batches, checkout)}\n"
+    texts[generated / "status.md"] = f"{_runs_table(batches, checkout)}\n\n{_versions_table(batches, checkout)}\n"
     for path, text in texts.items():
         write_text(path, text)
     shutil.rmtree(checkout.exhibits / "figures", ignore_errors=True)
     (checkout.exhibits / "figures").mkdir(parents=True)
     for name, content in figures.items():
         (checkout.exhibits / "figures" / name).write_bytes(content)
-    _write_readme(checkout.root / "README.md", _runs_table(batches))
+    _write_readme(checkout.root / "README.md", _runs_table(batches, checkout))
 
 
 def build(checkout: Checkout = HERE, run: Path | None = None, out: Path | None = None) -> Path:
@@ -181,14 +181,19 @@ def _executed(preset: str, batch: dict[str, Any], exhibit: str, checkout: Checko
     path = exhibits_in(checkout.exhibits / preset).get(exhibit)
     if path is None:
         return None
+    facts = _facts(preset, batch, exhibit, checkout)
+    return pages.Executed(preset, batch["title"], facts, path.name, nbformat.read(path, as_version=4))
+
+
+def _facts(preset: str, batch: dict[str, Any], exhibit: str, checkout: Checkout) -> dict[str, str]:
+    """What a published notebook ran on and took."""
     entry = Entry(**batch["notebooks"][exhibit])
-    facts = {
+    return {
         "Device": _provenance(checkout, preset, exhibit).get("device") or batch["device_note"],
         "Minutes": f"{entry.seconds / 60:.1f}" + (" (resumed)" if entry.resumed else ""),
         "Peak memory": gibibytes(asdict(entry)),
         "Date": entry.started[:10],
     }
-    return pages.Executed(preset, batch["title"], facts, path.name, nbformat.read(path, as_version=4))
 
 
 def _provenance(checkout: Checkout, preset: str, exhibit: str) -> dict[str, Any]:
@@ -211,25 +216,16 @@ def _answers(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:
     return "\n".join([f"{question}, [at the same budget](exhibits/table-3.md):", "", *lines, "", ""])
 
 
-def _runs_table(batches: dict[str, dict[str, Any]]) -> str:
-    """Minutes and memory of every published notebook."""
+def _runs_table(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:
+    """Device, minutes and memory of every published notebook."""
     if not batches:
         return "No run has been published yet."
-    rows = []
-    for batch in batches.values():
-        for exhibit, fields in batch["notebooks"].items():
-            entry = Entry(**fields)
-            rows.append(
-                [
-                    batch["title"],
-                    batch["device_note"],
-                    exhibit,
-                    f"{entry.seconds / 60:.1f}",
-                    gibibytes(fields),
-                    entry.started[:10],
-                ]
-            )
-    return pages.table(["Run", "Machine", "Exhibit", "Minutes", "Peak memory", "Date"], rows)
+    rows = [
+        {"Run": batch["title"], "Exhibit": exhibit} | _facts(preset, batch, exhibit, checkout)
+        for preset, batch in batches.items()
+        for exhibit in batch["notebooks"]
+    ]
+    return pages.table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _versions_table(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:

@@ -45,7 +45,7 @@ class Table:
         self.folder = Path(folder) if folder else interactive_folder(exhibit)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._journal = self.folder / f"{exhibit}.jsonl"
-        self._about = {"code": measuring_hash(), "data": data_hash(), "versions": versions()}
+        self._about = made_with()
         self._groups = self._open()
         self._used: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -128,6 +128,11 @@ class Table:
             file.write(json.dumps({"about": self._about}) + "\n")
             file.writelines(json.dumps({"key": key, **group}) + "\n" for key, group in groups.items())
         return groups
+
+
+def made_with() -> dict[str, Any]:
+    """What a journal says it was made with: its groups are taken over where nothing of this has changed."""
+    return {"code": measuring_hash(), "data": data_hash(), "versions": versions()}
 
 
 def read_journal(path: Path, about: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:

@@ -143,9 +143,11 @@ def test_a_killed_batch_leaves_no_process_and_resumes_where_it_was(checkout):
     pipe, folder = checkout.root / "pipe", checkout.run_folder("small")
     os.mkfifo(pipe)
     wait = f"""import pathlib, time
+from rsparse.results import Table
 journal = pathlib.Path(results) / "attempts.jsonl"
 if not journal.exists():
     journal.write_text("cut short\\n")
+    Table("second-one", "small", results).add({{"setting": 1}}, [])
     held = open({str(pipe)!r}, "w")
     held.write("running"); held.flush()
     time.sleep(600)"""

@@ -159,7 +159,7 @@ def test_publishing_touches_results_and_pages_only_and_twice_changes_nothing(che
         f"data/results/small/{name}"
         for name in ("batch.json", "first.csv", "first.json", "second-one.csv", "second-one.json")
     }
-    assert "| The small preset | two cores | first |" in after["README.md"].decode()
+    assert "| The small preset | first | a made-up device |" in after["README.md"].decode()
     assert main(["publish", "--preset", "small"], checkout) == 0
     assert contents(checkout.root) == after
 

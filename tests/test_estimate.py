@@ -39,7 +39,10 @@ def cost(what: str, seconds: float, tokens: int = 0, sparsity: float = 0.5, **mo
 
 COSTS = {
     "figure-1-3": [  # a map has no sparsity, a decomposition feeds no tokens
-        [{"what": "maps", "seconds": 3.0, "tokens": 0}, {"what": "factors of maps", "seconds": 20.0, "m": 4096, "n": 4096}]
+        [
+            {"what": "maps", "seconds": 3.0, "tokens": 0},
+            {"what": "factors of maps", "seconds": 20.0, "m": 4096, "n": 4096},
+        ]
     ],
     "figure-5": [
         [cost("heldout", 9.0, 8192, 0.0), cost("tasks", 5.0, 1000, 0.0)],  # the first waits for the GPU
