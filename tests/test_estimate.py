@@ -1,8 +1,10 @@
 """Projection of a batch from its rehearsal: what scales with tokens, what with float64, what not at all."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 
 from rsparse.estimate import GPUS, OFFICIAL_ROWS, decomposition_seconds, project, tokens
 from rsparse.paths import HERE, Checkout
@@ -60,7 +62,7 @@ COSTS = {
 def rehearsed(tmp_path):
     """A checkout whose notebooks and presets are ours, and a made-up run of the Llama-2-7B rehearsal."""
     made = Checkout(tmp_path)
-    made.notebooks.symlink_to(HERE.notebooks)
+    shutil.copytree(HERE.notebooks, made.notebooks)
     for exhibit, groups in COSTS.items():
         folder = made.run_folder("rehearsal-llama-2-7b") / "results" / exhibit
         folder.mkdir(parents=True)
@@ -90,6 +92,9 @@ def test_every_part_scales_with_what_it_depends_on(rehearsed):
 
 
 def test_the_overnight_subset_pays_for_its_own_settings(rehearsed):
+    preset = rehearsed.presets / "a6000-llama-2-7b.yaml"
+    subset = {"figure-1-3": {}, "table-3": {"items": 500, "sparsities": [0.5]}}
+    preset.write_text(yaml.safe_dump(yaml.safe_load(preset.read_text()) | {"overnight": subset}))
     path = project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)
     night = json.loads(path.read_text())["overnight"]["notebooks"]
     assert set(night) == {"figure-1-3", "table-3"}
