@@ -52,13 +52,16 @@ def cache_folder() -> Path:
     if named := os.environ.get("RSPARSE_CACHE"):
         return Path(named)
     folder = Path.home() / ".cache" / "rsparse"
+    return folder if is_writable(folder) else Path(tempfile.gettempdir()) / f"rsparse-{os.getuid()}"
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written into `folder`, which is made where it can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
     except OSError:
-        pass
-    return Path(tempfile.gettempdir()) / f"rsparse-{os.getuid()}"
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def stamp(name: str) -> list[tuple[str, int, int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from rsparse.files import atomic_path, write_json
-from rsparse.paths import HERE, Checkout, cache_folder
+from rsparse.paths import HERE, Checkout, cache_folder, is_writable
 from rsparse.provenance import Clock, data_hash, measuring_hash, versions
 
 COLUMNS = (
@@ -153,13 +153,7 @@ def published(exhibit: str, checkout: Checkout = HERE) -> pd.DataFrame:
 def interactive_folder(exhibit: str) -> Path:
     """Where a notebook that is opened by hand keeps its rows."""
     folder = HERE.run_folder("interactive") / "results" / exhibit
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return cache_folder() / "interactive" / exhibit
+    return folder if is_writable(folder) else cache_folder() / "interactive" / exhibit
 
 
 def _digest(key: dict[str, Any]) -> str:
