@@ -51,7 +51,7 @@ class Setting:
     @property
     def has_mask(self) -> bool:
         """Whether the method chooses input channels by a score."""
-        return self.method not in ("dense", "low-rank")
+        return METHODS[self.method].has_mask
 
     @property
     def canonical(self) -> Setting:
@@ -61,12 +61,8 @@ class Setting:
             return replace(self, method="teal").canonical
         if self.method == "r-sparse" and self.rho == 0:
             return replace(self, method="low-rank").canonical
-        if self.method == "r-sparse":
-            return self
-        plain = replace(self, rho=0.95, score="magnitude")
-        if self.method == "teal":
-            return plain
-        return replace(plain, threshold="static", sparsity=0.0 if self.method == "dense" else self.sparsity)
+        takes = METHODS[self.method].takes
+        return Setting(self.method, scope=self.scope, **{name: getattr(self, name) for name in takes})
 
     def seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """The seeds that differ for this setting: one where nothing is calibrated."""
@@ -74,16 +70,17 @@ class Setting:
 
     def columns(self) -> dict[str, Any]:
         """The columns of `results.COLUMNS` that name it; "" and None where a column means nothing."""
-        own = self.method == "r-sparse"
+        method = METHODS[self.method]
+        used = {name: getattr(self, name) for name in method.takes}
         return {
             "method": self.method,
             "scope": self.scope,
-            "recipe": "uniform" if own else "",
+            "recipe": "uniform" if method.takes_recipe else "",
             "sparsity": self.sparsity,
-            "rho": {"dense": None, "teal": 1.0, "low-rank": 0.0}.get(self.method, self.rho),
-            "score": ("magnitude", self.score)[own] if self.has_mask else "",
-            "threshold": self.threshold if self.has_mask else "",
-        }
+            "rho": None,
+            "score": "",
+            "threshold": "",
+        } | {**method.fixed, **used}
 
 
 DENSE = Setting("dense")

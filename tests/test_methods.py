@@ -34,10 +34,13 @@ def kind_of(name: str) -> str:
     return name.rsplit(".", 1)[1].removesuffix("_proj")
 
 
-def by_hand(sparsity: str, rho: str, norms: bool = False, thresholds: dict | None = None):
+def by_hand(sparsity: str, rho: str, norms: str = "", thresholds: dict | None = None):
+    """norms: kinds of linears, one word each, whose column norms enter the score; "every" for all."""
+
     def linear(name, W, x, position):
         kept, rank = plan(kind_of(name), sparsity, rho)
-        return masked(kept, rank, norms, thresholds and thresholds[name])(name, W, x, position)
+        weighted = norms == "every" or kind_of(name) in norms.split()
+        return masked(kept, rank, weighted, thresholds and thresholds[name])(name, W, x, position)
 
     return linear
 
@@ -55,7 +58,12 @@ CASES = {
     "r-sparse, rho 1": (dict(method="r-sparse", sparsity=0.5, rho=1), by_hand("0.5", "1")),
     "r-sparse, score": (
         dict(method="r-sparse", sparsity=0.5, rho=0.8, score="column-norm"),
-        by_hand("0.5", "0.8", norms=True),
+        by_hand("0.5", "0.8", "every"),
+    ),
+    "wina": (dict(method="wina", sparsity=0.6), by_hand("0.6", "1", "k gate")),
+    "wina ignores rho and score": (
+        dict(method="wina", sparsity=0.6, rho=0.1, score="column-norm"),
+        by_hand("0.6", "1", "k gate"),
     ),
     "dense": (dict(method="dense", sparsity=0.5), dense),
     "no sparsity": (dict(method="r-sparse", sparsity=0.0), dense),
@@ -71,14 +79,14 @@ def test_per_token(build, ids, logits, asked, linear):
     torch.testing.assert_close(logits(model, row[None])[0], expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["teal", "r-sparse"])
+@pytest.mark.parametrize("method", ["teal", "wina", "r-sparse"])
 @pytest.mark.parametrize("score", ["magnitude", "column-norm"])
 def test_static(build, ids, logits, method, score):
     model, row = build(), ids[0, :12]
     weights = weights_of(model)
     report = rsparse.sparsify(model, method, 0.5, rho=0.8, score=score, calibration=ids)
     thresholds = {x.name: x.threshold for x in report.linears}
-    norms = method == "r-sparse" and score == "column-norm"
+    norms = {"wina": "k gate", "r-sparse": "every" if score == "column-norm" else ""}.get(method, "")
     linear = by_hand("0.5", "0.8" if method == "r-sparse" else "1", norms, thresholds)
     expected = llama_logits(model.config, weights, row.tolist(), linear)
     torch.testing.assert_close(logits(model, row[None])[0], expected, rtol=0, atol=1e-9)
@@ -103,6 +111,20 @@ def test_the_registry():
     assert rsparse.METHODS is METHODS
     assert [m.name for m in METHODS.values() if m.takes_recipe] == ["r-sparse"]
     assert all(m.source for m in METHODS.values())
+
+
+def test_a_method_says_what_of_a_request_it_takes(build):
+    """A field outside `takes` changes nothing that is asked of any linear; one inside changes something."""
+    linears = decoder_linears(build())
+    base = dict(sparsity=0.5, rho=0.9, score="magnitude", threshold="static")
+    other = dict(sparsity=0.6, rho=0.8, score="column-norm", threshold="per-token")
+    for method in METHODS.values():
+        asked = method.plan(linears, Request(**base))
+        effective = {name: {x: getattr(ask, x) for x in method.takes} for name, ask in asked.items()}
+        for name, value in other.items():
+            changed = method.plan(linears, Request(**base | {name: value}))
+            now = {key: {x: getattr(ask, x) for x in method.takes} for key, ask in changed.items()}
+            assert (now != effective) == (name in method.takes), (method.name, name)
 
 
 @pytest.mark.parametrize("name", METHODS)

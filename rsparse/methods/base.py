@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from rsparse.models import DecoderLinear
 from rsparse.recipe import Ask
@@ -26,11 +27,19 @@ class Request:
 class Method:
     """A published method.
 
-    plan: (linears inside the scope, request) -> what is asked of each, by name. A method that fixes rho or
-    score ignores the request's. takes_recipe: whether a recipe may take the place of the plan.
+    plan: (linears inside the scope, request) -> what is asked of each, by name. takes: the fields of the request
+    that have a say; it ignores the others. fixed: what tables say in place of those that it ignores.
+    takes_recipe: whether a recipe may take the place of the plan.
     """
 
     name: str
     source: str
     plan: Callable[[Sequence[DecoderLinear], Request], dict[str, Ask]]
+    takes: frozenset[str] = frozenset({"sparsity", "threshold"})
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"rho": 1.0, "score": "magnitude"})
     takes_recipe: bool = False
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether input channels are chosen by a score."""
+        return "threshold" in self.takes

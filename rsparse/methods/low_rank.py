@@ -18,4 +18,4 @@ def plan(linears: Sequence[DecoderLinear], request: Request) -> dict[str, Ask]:
     return {x.name: Ask(request.sparsity, 0.0, "magnitude", request.threshold) for x in linears}
 
 
-METHOD = Method("low-rank", "arXiv 2504.19449, Table 3", plan)
+METHOD = Method("low-rank", "arXiv 2504.19449, Table 3", plan, takes=frozenset({"sparsity"}), fixed={"rho": 0.0})

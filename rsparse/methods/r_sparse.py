@@ -19,4 +19,5 @@ def plan(linears: Sequence[DecoderLinear], request: Request) -> dict[str, Ask]:
     return {x.name: Ask(request.sparsity, request.rho, request.score, request.threshold) for x in linears}
 
 
-METHOD = Method("r-sparse", "arXiv 2504.19449", plan, takes_recipe=True)
+ALL = frozenset({"sparsity", "rho", "score", "threshold"})
+METHOD = Method("r-sparse", "arXiv 2504.19449", plan, takes=ALL, fixed={}, takes_recipe=True)
