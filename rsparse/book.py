@@ -171,10 +171,9 @@ def _record_batch(path: Path, ledger: Ledger, done: list[str]) -> None:
 
 
 def _batches(checkout: Checkout) -> dict[str, dict[str, Any]]:
-    """Preset -> its published batch, in the order of the tabs: that of claims.yaml, then others by name."""
-    files = {path.parent.name: path for path in sorted(checkout.results.glob("*/batch.json"))}
-    known = [preset for preset in claims.load().presets if preset in files]
-    return {preset: json.loads(files[preset].read_text(encoding="utf-8")) for preset in (*known, *files)}
+    """Preset -> its published batch, in the order of the tabs."""
+    files = {path.parent.name: path for path in checkout.results.glob("*/batch.json")}
+    return {preset: json.loads(files[preset].read_text(encoding="utf-8")) for preset in claims.tab_order(files)}
 
 
 def _executed(preset: str, batch: dict[str, Any], exhibit: str, checkout: Checkout) -> pages.Executed | None:

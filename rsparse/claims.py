@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -178,7 +178,7 @@ def _paper_values(claim: Claim) -> dict[str, float]:
 
 
 def tables(results_root: Path, runs: Mapping[str, Path] | None = None) -> dict[str, dict[str, pd.DataFrame]]:
-    """preset -> exhibit -> table, from <results_root>/<preset>/<exhibit>.csv.
+    """preset -> exhibit -> table, from <results_root>/<preset>/<exhibit>.csv, in `tab_order`.
 
     `runs` maps a preset to a further folder with <exhibit>.csv or <exhibit>/<exhibit>.csv; what is there
     replaces the published table of the same exhibit.
@@ -189,7 +189,13 @@ def tables(results_root: Path, runs: Mapping[str, Path] | None = None) -> dict[s
         for path in sorted([*Path(folder).glob("*.csv"), *Path(folder).glob("*/*.csv")]):
             if path.parent == Path(folder) or path.parent.name == path.stem:
                 found.setdefault(preset, {})[path.stem] = pd.read_csv(path, low_memory=False)
-    return found
+    return {preset: found[preset] for preset in tab_order(found)}
+
+
+def tab_order(presets: Iterable[str]) -> list[str]:
+    """The presets as the book's tabs have them: in the order of claims.yaml, then others by name."""
+    known = list(_claims().presets)
+    return sorted(presets, key=lambda preset: (known.index(preset) if preset in known else len(known), preset))
 
 
 def evaluate(
@@ -335,6 +341,8 @@ def verdicts_markdown(results_root: Path, runs: Mapping[str, Path] | None = None
         words = [row.verdict for row in verdicts if row.preset == preset]
         counts = ", ".join(f"{words.count(word)} {word}" for word in VERDICTS if word in words)
         lines.append(f"- **{preset}**: {counts}.")
+    if lines:
+        lines = ["Verdicts by preset:", "", *lines]
     heads = [row for row in verdicts if row.claim.headline and row.verdict != NOT_MEASURED]
     if heads:
         lines += ["", "The central claims so far:", ""]
