@@ -17,7 +17,7 @@ from IPython.display import HTML, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator
 
 from rsparse.models import KINDS
 
@@ -30,6 +30,7 @@ LOOK = {  # method -> colour, marker, dashes
     "dense": ("#000000", "D", ":"),
     "teal": ("#0072B2", "s", "--"),
     "low-rank": ("#E69F00", "^", "-."),
+    "wina": ("#009E73", "v", (0, (3, 1, 1, 1))),
     "r-sparse": ("#D55E00", "o", "-"),
 }
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -157,6 +158,8 @@ def quality(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str]) -> Fig
         axis.set(xlabel="model-level sparsity (%)", ylabel=label)
         if metric == "perplexity":
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter())  # plain numbers, and none where they would crowd
     if methods:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     return figure

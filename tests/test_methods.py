@@ -8,6 +8,7 @@ import torch
 
 import rsparse
 from reference import dense, llama_logits, masked, weights_of
+from rsparse import figures
 from rsparse.methods import METHODS, Request
 from rsparse.models import decoder_linears
 from rsparse.recipe import Ask
@@ -111,6 +112,7 @@ def test_the_registry():
     assert rsparse.METHODS is METHODS
     assert [m.name for m in METHODS.values() if m.takes_recipe] == ["r-sparse"]
     assert all(m.source for m in METHODS.values())
+    assert set(METHODS) == set(figures.LOOK)  # one without a look would be missing from figures
 
 
 def test_a_method_says_what_of_a_request_it_takes(build):
