@@ -91,11 +91,6 @@ def split_budget(
     return Split(kept, rank, read)
 
 
-def read_fraction(m: int, n: int, kept: float, rank: int, weight_bytes: Fraction, factor_bytes: Fraction) -> float:
-    """Bytes read by one (m, n) linear over its dense bytes; `kept` may be a mean over tokens."""
-    return (kept * m * float(weight_bytes) + rank * (m + n) * float(factor_bytes)) / (m * n * float(weight_bytes))
-
-
 def model_sparsity(dense_bytes: list[float], read_fractions: list[float]) -> float:
     """Model-level sparsity: 1 - (bytes read by all decoder linears) / (their dense bytes)."""
     total = sum(dense_bytes)

@@ -234,7 +234,8 @@ def _run_one(
         shutil.rmtree(results, ignore_errors=True)
     resumed = bool(read_journal(results / f"{exhibit}.jsonl", made_with()))
     results.mkdir(parents=True, exist_ok=True)
-    (folder / source.name).unlink(missing_ok=True)
+    for old in (folder / source.name, results / f"{exhibit}.csv", results / f"{exhibit}.json"):
+        old.unlink(missing_ok=True)  # the journal alone is a start; nothing else may outlive a run that fails
     started = datetime.now(UTC).isoformat(timespec="seconds")
     about = {"started": started, "resumed": resumed, "variant": preset.variant}
     ledger.record(exhibit, Entry(source.name, key, "running", **about))

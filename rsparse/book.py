@@ -23,6 +23,11 @@ from rsparse.presets import exhibits_in, names, unknown
 
 STAGED = ("book", "notebooks", "data/results", "_config.yml", "_toc.yml")
 README_MARKS = ("<!-- runs:begin -->", "<!-- runs:end -->")
+PROJECTED = """## Projected, not run
+
+What the batches on an RTX A6000 are projected to take, from rehearsals at full shape with random weights, a few samples
+and the GPU's memory capped at 44 GiB. Hours are computed; the peak memory was measured in the rehearsal. Low-rank
+factors come on top once per model, as `python -m rsparse run` says before it starts."""
 
 
 def publish(
@@ -78,7 +83,8 @@ def write_pages(checkout: Checkout = HERE) -> None:
     generated = checkout.book / "_generated"
     texts[generated / "scorecard.md"] = claims.scorecard_markdown(checkout.results)
     texts[generated / "verdicts.md"] = _answers(batches, checkout) + claims.verdicts_markdown(checkout.results)
-    texts[generated / "status.md"] = f"{_runs_table(batches, checkout)}\n\n{_versions_table(batches, checkout)}\n"
+    status = _runs_table(batches, checkout), _versions_table(batches, checkout), _projections(checkout)
+    texts[generated / "status.md"] = "\n\n".join(filter(None, status)) + "\n"
     for path, text in texts.items():
         write_text(path, text)
     shutil.rmtree(checkout.exhibits / "figures", ignore_errors=True)
@@ -241,6 +247,22 @@ def _versions_table(batches: dict[str, dict[str, Any]], checkout: Checkout) -> s
         for package, by_preset in seen.items()
     ]
     return pages.table(["Package", *(batch["title"] for batch in batches.values())], rows)
+
+
+def _projections(checkout: Checkout) -> str:
+    """What the batches of `rsparse.estimate` are projected to take, whole and overnight."""
+    rows = []
+    for path in sorted(checkout.results.glob("*/estimate.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        night = found.get("overnight", {}).get("notebooks", {})
+        for exhibit, cost in found["whole"]["notebooks"].items():
+            hours = [f"{part[exhibit]['seconds'] / 3600:.1f}" if exhibit in part else "–"
+                     for part in (found["whole"]["notebooks"], night)]  # fmt: skip
+            rows.append([path.parent.name, exhibit, *hours, gibibytes(cost), found["source"]["device"]])
+    if not rows:
+        return ""
+    header = ["Preset", "Exhibit", "Hours, whole", "Hours, overnight", "Peak memory", "Rehearsed on"]
+    return f"{PROJECTED}\n\n{pages.table(header, rows)}"
 
 
 def _write_readme(path: Path, text: str) -> None:

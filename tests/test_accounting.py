@@ -14,7 +14,6 @@ from rsparse.accounting import (
     check_sparsity,
     exact,
     model_sparsity,
-    read_fraction,
     scoped_sparsity,
     split_budget,
 )
@@ -113,14 +112,6 @@ def test_rho_must_be_a_share(bad):
 def test_a_linear_has_weights(m, n):
     with pytest.raises(ValueError, match=r"shape \("):
         split_budget(m, n, 0.5, 0.5)
-
-
-@given(sizes, sizes, sparsities, rhos, byte_sizes, byte_sizes)
-def test_read_fraction_agrees_with_the_split(m, n, sparsity, rho, weight, factor):
-    split = split_budget(m, n, sparsity, rho, weight, factor)
-    assert read_fraction(m, n, split.kept, split.rank, weight, factor) == pytest.approx(
-        float(split.read), rel=1e-12
-    )
 
 
 def test_model_sparsity_weighs_by_bytes():

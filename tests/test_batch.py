@@ -118,6 +118,15 @@ def test_a_failing_notebook_does_not_stop_the_others_and_is_told_at_the_end(chec
     assert not (folder / "10-first.ipynb").exists() and (folder / "20-second-one.ipynb").exists()
 
 
+def test_a_failed_repetition_leaves_no_older_table(checkout):
+    assert main(["run", "--preset", "other"], checkout) == 0
+    results = checkout.run_folder("other") / "results" / "first"
+    assert (results / "first.csv").exists() and (results / "first.json").exists()
+    made_up.write_notebook(checkout, "10-first.ipynb", work="raise RuntimeError('out of luck')")
+    assert main(["run", "--preset", "other"], checkout) == 1
+    assert {path.name for path in results.iterdir()} == {"attempts.jsonl"}
+
+
 def test_finished_notebooks_are_repeated_only_when_asked_for_or_changed(checkout, capsys):
     out = checkout.root.parent / "elsewhere"
     before = files(checkout.root)
