@@ -7,7 +7,7 @@ _HOMES = {
     "METHODS": "rsparse.methods",
     "Calibration": "rsparse.calibrate",
     "Recipe": "rsparse.recipe",
-    "Report": "rsparse.apply",
+    "Report": "rsparse.report",
     "measure": "rsparse.apply",
     "perplexity": "rsparse.evaluate",
     "restore": "rsparse.apply",

@@ -97,16 +97,59 @@ def model_sparsity(dense_bytes: list[float], read_fractions: list[float]) -> flo
     return float(1 - sum(b * f for b, f in zip(dense_bytes, read_fractions, strict=True)) / total)
 
 
-def scoped_sparsity(sparsity: float, share: Fraction, scope: str) -> float:
-    """Per-linear sparsity that a scope needs to reach a model-level `sparsity`, rounded up to 12 decimals.
+@dataclass(frozen=True)
+class Reach:
+    """What a method can leave unread of a decoder, as shares of its dense bytes, exact.
 
-    share: the scope's share of the decoder's dense bytes, in (0, 1]. Raises ValueError when the scope cannot
-    reach it, naming the model-level sparsity that it must stay under.
+    share: sum over the linears it touches of their share of the bytes times `part`, their sparsity in units of the
+    method's own. largest: the largest such `part`. overhead: extra bytes that every token reads (rotations).
     """
-    inside = math.ceil(exact(check_sparsity(sparsity)) / share * 10**12)
-    if inside >= 10**12:
-        raise ValueError(
-            f"sparsity {sparsity} cannot be reached within scope {scope!r}, which holds "
-            f"{float(share):.1%} of the decoder's bytes; expected less than {float(share):.4f}"
-        )
-    return inside / 10**12
+
+    share: Fraction
+    largest: Fraction = Fraction(1)
+    overhead: Fraction = Fraction(0)
+
+    @property
+    def ceiling(self) -> Fraction:
+        """The model-level sparsity that it stays under."""
+        return self.share / self.largest - self.overhead
+
+    def own_sparsity(self, sparsity: float, who: str) -> float:
+        """The method's own sparsity p that makes a model-level `sparsity`, rounded up to 12 decimals; 0 for 0.
+
+        Model-level sparsity is p share - overhead. Raises ValueError when a p below 1 / largest cannot reach it,
+        naming `who` and the ceiling.
+        """
+        if check_sparsity(sparsity) == 0:
+            return 0.0
+        own = math.ceil((exact(sparsity) + self.overhead) / self.share * 10**12)
+        if own * self.largest >= 10**12:
+            raise ValueError(
+                f"sparsity {sparsity} cannot be reached {who}; expected less than {float(self.ceiling):.4f}"
+            )
+        return own / 10**12
+
+
+def times(part: Fraction, sparsity: float) -> float:
+    """part x sparsity, rounded up to 12 decimals and at most 1 - 1e-12: never less sparse than asked."""
+    return min(math.ceil(part * exact(sparsity) * 10**12), 10**12 - 1) / 10**12
+
+
+def square_split(m: int, n: int, sparsity: float, rho: float) -> tuple[float, float]:
+    """(sparsity, rho) that give a linear of shape (m, n) the channels and the rank of a square one of n x n.
+
+    The R-Sparse authors' code budgets k and v so under grouped-query attention, where m < n: a rank unit then costs
+    (m + n) / (2 m) of its intended share. Raises ValueError where that reads more than the dense weight.
+    """
+    budget, rho = 1 - exact(check_sparsity(sparsity)), exact(check_rho(rho))
+    low_rank = (1 - rho) * Fraction(m + n, 2 * m)
+    read = budget * (rho + low_rank)
+    if read > 1:
+        raise ValueError(f"sparsity {sparsity}, rho {float(rho)}: budgeted as square, a linear of shape ({m}, {n}) "
+                         f"reads {float(read):.2f} times its dense bytes; expected at most 1")
+    return _down(1 - read), _down(rho / (rho + low_rank))
+
+
+def _down(value: Fraction) -> float:
+    """Rounded down to 12 decimals: what a smaller sparsity and rho buy is never a channel or a rank short."""
+    return math.floor(value * 10**12) / 10**12

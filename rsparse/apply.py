@@ -1,113 +1,44 @@
-"""`sparsify` and `restore`: put a method's linears in place of a model's, and back; and say what was done."""
+"""`sparsify` and `restore`: put a method's modules in place of a model's, and back; and say what was done."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rsparse import accounting, calibrate
-from rsparse.accounting import Split
+from rsparse import calibrate, planning
 from rsparse.calibrate import Calibration
 from rsparse.decompose import FactorStore, default_store
-from rsparse.linears import KeptTally, SparseLinear
-from rsparse.methods import METHODS, Request
-from rsparse.models import SCOPES, DecoderLinear, check_model, decoder_linears, scope_share
+from rsparse.linears import KeptTally, Masked, SparseLinear
+from rsparse.methods import Request
+from rsparse.models import DecoderActivation, DecoderLinear, Place
+from rsparse.neurons import SparseActivation
+from rsparse.planning import Mask, Planned
+from rsparse.prompted import PREFIX, PromptedLinear
 from rsparse.protocol import TokenProtocol, Tokens, check_tokens
-from rsparse.recipe import DENSE, Ask, Recipe
-from rsparse.thresholds import THRESHOLDS, column_norms
+from rsparse.recipe import Ask, Recipe
+from rsparse.report import LinearReport, Report
+from rsparse.rotations import RotatedLinear
+from rsparse.thresholds import THRESHOLDS
 
 REALISED_TOKENS = 1024
 """`sparsify` measures the realised sparsity on as many calibration tokens, or on the first sample if
 longer."""
 
 
-@dataclass(frozen=True)
-class LinearReport:
-    """What one linear was asked for and got. realised, spread: sparsity over tokens (mean, std), NaN if
-    unmeasured."""
-
-    name: str
-    layer: int
-    kind: str
-    m: int
-    n: int
-    dense_bytes: float
-    sparsity: float
-    rho: float
-    score: str
-    kept: int
-    rank: int
-    threshold: float  # -inf: dense; +inf: no sparse path; NaN: per token
-    read: float
-    realised: float = math.nan
-    spread: float = math.nan
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `sparsify` did. Sparsities are model-level: 1 - bytes read by decoder linears / their dense
-    bytes."""
-
-    method: str
-    scope: str
-    recipe: str
-    tokens: Tokens
-    threshold: str
-    asked: float
-    linears: tuple[LinearReport, ...]
-
-    @property
-    def planned(self) -> float:
-        """By the kept channels and ranks; at least the asked one for methods that take a budget."""
-        return accounting.model_sparsity(
-            [x.dense_bytes for x in self.linears], [x.read for x in self.linears]
-        )
-
-    @property
-    def realised(self) -> float:
-        """Mean over the tokens it was measured on; NaN where nothing was."""
-        return accounting.model_sparsity(
-            [x.dense_bytes for x in self.linears], [1 - x.realised for x in self.linears]
-        )
-
-    @property
-    def spread(self) -> float:
-        """Largest standard deviation over tokens among the linears."""
-        return max(x.spread for x in self.linears)
-
-    @property
-    def worst(self) -> LinearReport:
-        """The linear whose realised sparsity is furthest from its planned one."""
-        return max(self.linears, key=lambda x: abs(x.realised - (1 - x.read)))
-
-    def table(self) -> pd.DataFrame:
-        """One row per linear."""
-        return pd.DataFrame([vars(x) for x in self.linears])
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.method}, scope {self.scope}: sparsity asked {self.asked:.4f}, planned {self.planned:.4f}"
-        )
-        if not math.isnan(self.realised):
-            worst = self.worst
-            text += f", realised {self.realised:.4f} (worst linear {worst.name}: {worst.realised:.4f})"
-        return text
-
-
 @dataclass
 class _State:
-    """What hangs on a sparsified model, so that `restore` can undo it."""
+    """What hangs on a sparsified model, so that `restore` can undo it. masks: by the name of their place."""
 
     protocol: TokenProtocol
     handle: torch.utils.hooks.RemovableHandle
-    replaced: list[tuple[DecoderLinear, SparseLinear]]
+    masks: dict[str, tuple[Place, Masked]]
     report: Report
 
 
@@ -119,44 +50,42 @@ def sparsify(
     score: str = "magnitude",
     threshold: str = "static",
     tokens: Tokens = "all",
-    scope: str = "all",
+    scope: str | None = None,
     calibration: Tensor | Calibration | None = None,
     recipe: Recipe | None = None,
     store: FactorStore | None = None,
 ) -> Report:
-    """Replace the decoder linears of `model`, a Hugging Face Llama or Mistral causal LM, in place.
+    """Put `method` on `model`, a Hugging Face Llama or Mistral causal LM, in place.
 
     method: a name in METHODS. sparsity: model-level, in [0, 1). rho, score: of r-sparse; other methods fix
     their own. threshold: one of THRESHOLDS, see rsparse.calibrate. tokens: which positions are sparse, see
-    rsparse.protocol. scope: "all", "mlp" or "attention". calibration: token ids, LongTensor (samples, length),
-    or a `Calibration` that several calls share; needed for static thresholds. recipe: overrides sparsity, rho,
-    score and threshold linear by linear (r-sparse only). store: where low-rank factors are kept between runs.
+    rsparse.protocol. scope: "all", "mlp" or "attention"; None is the method's own, "all" but for those that were made
+    for the MLP. calibration: token ids, LongTensor (samples, length), or a `Calibration` that several calls share;
+    needed for static thresholds, and by some methods. recipe: overrides sparsity, rho, score and threshold linear by
+    linear (r-sparse only). store: where low-rank factors and rotations are kept between runs.
 
     A model that is sparse already is restored first. Raises ValueError, with the model as it was, for a value
-    that is not allowed; ValueError too where the weights are not in memory.
+    that is not allowed, a sparsity that the method cannot reach (naming the largest that it can), and where the
+    weights are not in memory.
     """
-    asks, linears = _plan(model, method, sparsity, rho, score, threshold, scope, recipe)
+    chosen, scope = planning.check(model, method, scope, Ask(sparsity, rho, score, threshold), recipe)
     check_tokens(tokens)
-    splits = {x.name: _split(x, asks[x.name]) for x in linears}
-    calibrated = [x for x in linears if _needs_calibration(asks[x.name], splits[x.name])]
-    calibration = _check_calibration(model, calibration) if calibrated else None
-    norms = {x.name: _norms(x, asks[x.name]) for x in linears}
     with _from_dense(model):
-        protocol, store = TokenProtocol("all"), store or default_store()
-        sparse = [x for x in linears if asks[x.name].sparsity > 0]
-        bar = tqdm(sparse, desc="factors", leave=False, delay=2)  # nothing to see where they are stored
-        modules = {x.name: _build(x, splits[x.name], norms[x.name], protocol, store) for x in bar}
-        by_threshold = {name: [x for x in calibrated if asks[x.name].threshold == name] for name in THRESHOLDS}
-        at_once = by_threshold["static"] + by_threshold["static-dense"]
-        calibrate.set_at_once(calibration, at_once, norms, modules)
-        report = Report(method, scope, recipe.name if recipe else "", tokens,
-                        "recipe" if recipe else threshold, _asked(linears, asks), ())  # fmt: skip
-        _install(model, protocol, [(x, modules[x.name]) for x in sparse], report)
-        calibrate.settle(model, calibration, by_threshold["static"], norms)
-        calibrate.set_in_order(model, calibration, [modules[x.name] for x in by_threshold["static-sequential"]])
-        lines = (_line(x, asks[x.name], splits[x.name], modules.get(x.name)) for x in linears)
-        model._rsparse.report = report = replace(report, linears=tuple(lines))
-        if calibrated:
+        if calibration is not None or (chosen.calibrates and sparsity > 0):
+            calibration = _check_calibration(model, calibration, f"{method} needs")
+        store = store or default_store()
+        request = Request(sparsity, rho, score, threshold, calibration, store)
+        planned = planning.plan(model, chosen, scope, request, recipe)
+        calibrated = [x for x in planned.masks.values() if x.needs_threshold]
+        calibration = _check_calibration(model, calibration, "static thresholds need") if calibrated else calibration
+        protocol = TokenProtocol("all", PREFIX if chosen.prompted else 0)
+        bar = tqdm(planned.masks.items(), desc="factors", leave=False, delay=2)  # nothing to see where they are stored
+        masks = {name: (mask.place, _build(mask, planned, protocol, store)) for name, mask in bar}
+        report = _report(planned, tokens, recipe, threshold, masks)
+        _set_thresholds(model, calibration, calibrated, masks, lambda: _install(model, protocol, masks, report))
+        report = _report(planned, tokens, recipe, threshold, masks)
+        model._rsparse.report = report
+        if calibrated or (math.isnan(report.planned) and calibration is not None):
             rows = max(1, REALISED_TOKENS // calibration.ids.shape[1])
             model._rsparse.report = report = measure(model, calibration.ids[:rows])
     protocol.tokens = tokens
@@ -164,8 +93,7 @@ def sparsify(
 
 
 def restore(model: nn.Module) -> None:
-    """Hang the dense linears back: the same modules as before `sparsify`, bit for bit. Harmless on a dense
-    model."""
+    """Hang the dense modules back: the same as before `sparsify`, bit for bit. Harmless on a dense model."""
     state = getattr(model, "_rsparse", None)
     if state is not None:
         _detach(model, state)
@@ -180,7 +108,7 @@ def report_of(model: nn.Module) -> Report | None:
 def protocol_of(model: nn.Module) -> TokenProtocol | None:
     """The token protocol of a sparsified model, or None where every linear is dense."""
     state = getattr(model, "_rsparse", None)
-    return state.protocol if state and state.replaced else None
+    return state.protocol if state and state.masks else None
 
 
 @contextmanager
@@ -206,14 +134,16 @@ def counting(model: nn.Module) -> Iterator[Callable[[], Report]]:
     state = getattr(model, "_rsparse", None)
     if state is None:
         raise ValueError("the model is dense; expected one that sparsify was called on")
-    tallies = {linear.name: KeptTally() for linear, _ in state.replaced}
-    for linear, module in state.replaced:
-        module.tally = tallies[linear.name]
+    tallies = {name: KeptTally() for name in state.masks}
+    for name, (_, module) in state.masks.items():
+        module.tally = tallies[name]
     lines = state.report.linears
     try:
-        yield lambda: replace(state.report, linears=tuple(_with_tally(x, tallies.get(x.name)) for x in lines))
+        yield lambda: replace(
+            state.report, linears=tuple(_with_tally(x, tallies.get(x.follows or x.name)) for x in lines)
+        )
     finally:
-        for _, module in state.replaced:
+        for _, module in state.masks.values():
             module.tally = None
 
 
@@ -227,54 +157,9 @@ def measure(model: nn.Module, ids: Tensor) -> Report:
         return realised()
 
 
-def _plan(
-    model, method, sparsity, rho, score, threshold, scope, recipe
-) -> tuple[dict[str, Ask], list[DecoderLinear]]:
-    """Check the request; what is asked of every decoder linear, and the dense linears themselves."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    check_model(model)
-    linears = _dense_linears(model)
-    share = scope_share(linears, scope)
-    if meta := [x.name for x in linears if x.module.weight.device.type == "meta"]:
-        raise ValueError(
-            f"the weight of {meta[0]!r} is not in memory; expected a model loaded without offloading"
-        )
-    Ask(sparsity, rho, score, threshold)
-    inside = [x for x in linears if x.kind in SCOPES[scope]]
-    if recipe is not None:
-        if not METHODS[method].takes_recipe:
-            raise ValueError(f"method {method!r} takes no recipe; expected r-sparse")
-        if not isinstance(recipe, Recipe):
-            raise TypeError(f"recipe is {recipe!r}; expected a Recipe, see Recipe.load")
-        recipe.check(model)
-        return recipe.within(SCOPES[scope]).linears, linears
-    local = accounting.scoped_sparsity(sparsity, share, scope)
-    request = Request(local, rho, score, threshold)
-    return {x.name: DENSE for x in linears} | METHODS[method].plan(inside, request), linears
-
-
-def _dense_linears(model: nn.Module) -> list[DecoderLinear]:
-    """The decoder linears as they were before any method, without touching the model."""
-    linears = decoder_linears(model)
-    return [replace(x, module=x.module.dense) if isinstance(x.module, SparseLinear) else x for x in linears]
-
-
-def _split(linear: DecoderLinear, ask: Ask) -> Split:
-    return accounting.split_budget(*linear.shape, ask.sparsity, ask.rho, linear.weight_bytes)
-
-
-def _needs_calibration(ask: Ask, split: Split) -> bool:
-    return ask.sparsity > 0 and ask.threshold != "per-token" and split.kept > 0
-
-
-def _norms(linear: DecoderLinear, ask: Ask) -> Tensor | None:
-    return column_norms(linear.module.weight) if ask.score == "column-norm" and ask.sparsity > 0 else None
-
-
-def _check_calibration(model: nn.Module, calibration: Tensor | Calibration | None) -> Calibration:
+def _check_calibration(model: nn.Module, calibration: Tensor | Calibration | None, why: str) -> Calibration:
     if calibration is None:
-        raise ValueError("calibration is None; static thresholds need token ids, a LongTensor (samples, length)")
+        raise ValueError(f"calibration is None; {why} token ids, a LongTensor (samples, length)")
     if not isinstance(calibration, Calibration):
         calibration = Calibration(model, calibration)
     if calibration.model is not model:
@@ -282,49 +167,75 @@ def _check_calibration(model: nn.Module, calibration: Tensor | Calibration | Non
     return calibration
 
 
-def _build(
-    linear: DecoderLinear, split: Split, norms: Tensor | None, protocol: TokenProtocol, store: FactorStore
-) -> SparseLinear:
-    factors = store.get(linear.module.weight, split.rank) if split.rank else None
-    return SparseLinear(linear.module, split, protocol, factors, norms)
+def _build(mask: Mask, planned: Planned, protocol: TokenProtocol, store: FactorStore) -> Masked:
+    """The module for a place, its threshold still open where one has to be calibrated."""
+    dense, split = mask.place.module, mask.split
+    if isinstance(mask.place, DecoderActivation):
+        if planned.method.function:  # what it makes zero is off
+            return SparseActivation(dense, split, protocol, threshold=0.0, function=planned.method.function())
+        return SparseActivation(dense, split, protocol, mask.norms)
+    if mask.rotation is not None:
+        return RotatedLinear(dense, split, protocol, mask.rotation, mask.norms)
+    if planned.method.prompted:
+        return PromptedLinear(dense, split, protocol)
+    factors = store.get(dense.weight, split.rank) if split.rank else None
+    return SparseLinear(dense, split, protocol, factors, mask.norms)
 
 
-def _threshold(module: SparseLinear | None, split: Split) -> float:
-    if module is None:
-        return -math.inf
-    if split.kept == 0:
+def _set_thresholds(
+    model: nn.Module, calibration: Calibration | None, open_: list[Mask], masks: dict, install: Callable[[], None]
+) -> None:
+    """Calibrate the thresholds of `open_`; ``install()`` puts the modules in place between the dense and the sparse
+    passes."""
+    groups = {name: [masks[x.place.name] for x in open_ if x.ask.threshold == name] for name in THRESHOLDS}
+    calibrate.set_at_once(calibration, groups["static"] + groups["static-dense"])
+    install()
+    calibrate.settle(model, calibration, groups["static"])
+    calibrate.set_in_order(model, calibration, groups["static-sequential"])
+
+
+def _report(planned: Planned, tokens: Tokens, recipe: Recipe | None, threshold: str, masks: dict) -> Report:
+    named = threshold if "threshold" in planned.method.takes else planned.method.fixed.get("threshold", "")
+    lines = tuple(_line(x, planned, masks) for x in planned.linears)
+    return Report(planned.method.name, planned.scope, recipe.name if recipe else "", tokens,
+                  "recipe" if recipe else named, planned.asked, lines, planned.nominal)  # fmt: skip
+
+
+def _line(linear: DecoderLinear, planned: Planned, masks: dict[str, tuple[Place, Masked]]) -> LinearReport:
+    (m, n), ask = linear.shape, planned.asks[linear.name]
+    base = LinearReport(
+        linear.name, linear.layer, linear.kind, m, n, float(m * n * linear.weight_bytes), ask.sparsity, ask.rho,
+        ask.score, kept=n, channels=n, rank=0, threshold=-math.inf, read=1.0, realised=0.0, spread=0.0,
+    )  # fmt: skip
+    follows = planned.follows.get(linear.name, "")
+    mask = planned.masks.get(follows or linear.name)
+    if mask is None:
+        return base
+    split, channels, module = mask.split, mask.place.channels, masks[mask.place.name][1]
+    rank_read = split.read - Fraction(split.kept, channels)
+    overhead = 0.0 if follows else float(mask.overhead + rank_read)
+    read = split.kept / channels + overhead
+    known = not mask.needs_threshold
+    if planned.method.function:
+        read, known = math.nan, False
+    return replace(
+        base, kept=split.kept, channels=channels, rank=0 if follows else split.rank,
+        threshold=_threshold(module), read=read, overhead=overhead, follows=follows,
+        realised=1 - read if known else math.nan, spread=0.0 if known else math.nan,
+    )  # fmt: skip
+
+
+def _threshold(module: Masked) -> float:
+    if module.split.kept == 0:
         return math.inf
     return math.nan if module.threshold is None else module.threshold
-
-
-def _asked(linears: Sequence[DecoderLinear], asks: dict[str, Ask]) -> float:
-    sizes = [float(x.shape[0] * x.shape[1] * x.weight_bytes) for x in linears]
-    return accounting.model_sparsity(sizes, [1 - asks[x.name].sparsity for x in linears])
-
-
-def _line(linear: DecoderLinear, ask: Ask, split: Split, module: SparseLinear | None) -> LinearReport:
-    m, n = linear.shape
-    measured_later = _needs_calibration(ask, split)
-    return LinearReport(
-        linear.name, linear.layer, linear.kind, m, n,
-        dense_bytes=float(m * n * linear.weight_bytes),
-        sparsity=ask.sparsity,
-        rho=ask.rho,
-        score=ask.score,
-        kept=split.kept,
-        rank=split.rank,
-        threshold=_threshold(module, split),
-        read=float(split.read),
-        realised=math.nan if measured_later else float(split.sparsity),
-        spread=math.nan if measured_later else 0.0,
-    )  # fmt: skip
 
 
 def _with_tally(line: LinearReport, tally: KeptTally | None) -> LinearReport:
     if tally is None:
         return replace(line, realised=1 - line.read, spread=0.0)
-    rank_read = line.read - line.kept / line.n
-    return replace(line, realised=1 - rank_read - tally.mean / line.n, spread=tally.spread / line.n)
+    realised = 1 - line.overhead - tally.mean / line.channels
+    return replace(line, realised=realised, spread=tally.spread / line.channels)
 
 
 @contextmanager
@@ -337,18 +248,18 @@ def _from_dense(model: nn.Module) -> Iterator[None]:
     except BaseException:
         restore(model)
         if state is not None:
-            _install(model, state.protocol, state.replaced, state.report)
+            _install(model, state.protocol, state.masks, state.report)
         raise
 
 
-def _install(model: nn.Module, protocol: TokenProtocol, replaced: list, report: Report) -> None:
-    for linear, module in replaced:
-        linear.exchange(module)
-    model._rsparse = _State(protocol, protocol.attach(model.model), replaced, report)
+def _install(model: nn.Module, protocol: TokenProtocol, masks: dict, report: Report) -> None:
+    for place, module in masks.values():
+        place.exchange(module)
+    model._rsparse = _State(protocol, protocol.attach(model.model), masks, report)
 
 
 def _detach(model: nn.Module, state: _State) -> None:
     state.handle.remove()
-    for linear, _ in state.replaced:
-        linear.exchange(linear.module)
+    for place, _ in state.masks.values():
+        place.exchange(place.module)
     del model._rsparse

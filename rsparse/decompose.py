@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,12 @@ def _tall_factors(W: Tensor, rank: int) -> Factors:
     return Factors(W @ B, B.contiguous())
 
 
+@torch.no_grad()
+def eigenbasis(gram: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix (n, n) as columns, largest eigenvalue first, float64 on its device."""
+    return torch.linalg.eigh(gram.double()).eigenvectors.flip(1)
+
+
 _KEYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> ((version, address), key)
 
 
@@ -110,18 +118,33 @@ class FactorStore:
         stored = self._read(self.folder / name, rank, weight.device)
         if stored is None:
             stored = self.compute(weight, rank).to(dtype)
-            self._write(self.folder / name, stored)
+            self._save(self.folder / name, {"A": stored.A, "B": stored.B})
             stored = stored.to(weight.device)
         return stored
 
     def compute(self, weight: Tensor, rank: int) -> Factors:
         """`svd_factors`, with its time noted; nothing is read or stored."""
+        with self._timed(weight):
+            return svd_factors(weight, rank)
+
+    def basis(self, key: str, gram: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`eigenbasis` of ``gram()``, a matrix that `key` names, as `dtype`; computed once and kept on disk."""
+        path = self.folder / f"{key}-basis-{str(dtype).removeprefix('torch.')}-v{self.VERSION}.safetensors"
+        if not path.exists():
+            matrix = gram()
+            with self._timed(matrix):
+                V = eigenbasis(matrix).to(dtype)
+            self._save(path, {"V": V})
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return file.get_tensor("V")
+
+    @contextmanager
+    def _timed(self, matrix: Tensor) -> Iterator[None]:
         started = time.monotonic()
-        factors = svd_factors(weight, rank)
-        if weight.device.type == "cuda":
-            torch.cuda.synchronize(weight.device)
-        self.computed.append((*weight.shape, time.monotonic() - started))
-        return factors
+        yield
+        if matrix.device.type == "cuda":
+            torch.cuda.synchronize(matrix.device)
+        self.computed.append((*matrix.shape, time.monotonic() - started))
 
     @staticmethod
     def _read(path: Path, rank: int, device: torch.device) -> Factors | None:
@@ -133,10 +156,10 @@ class FactorStore:
                 return None
             return Factors(A[:, :rank], B[:, :rank])
 
-    def _write(self, path: Path, factors: Factors) -> None:
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            save_file({"A": factors.A.cpu().contiguous(), "B": factors.B.cpu().contiguous()}, temporary)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def default_store() -> FactorStore:

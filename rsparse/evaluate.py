@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from rsparse.apply import protocol_of
 from rsparse.calibrate import check_ids
-from rsparse.protocol import first_sparse
 from rsparse.texts import Summary
 
 LOGIT_ROWS = 512  # positions whose logits are held at once: 256 MiB in float32 at a vocabulary of 128,256
@@ -79,7 +78,7 @@ def influenced_share(model: nn.Module, length: int, context: int = 0) -> float:
     if protocol is None:
         return 0.0
     prompt = max(context, 1)
-    first = first_sparse(protocol.tokens, length - 1, prompt)
+    first = protocol.first_sparse(length - 1, prompt)
     return (length - 1 - max(first, prompt - 1)) / (length - prompt)
 
 
@@ -114,7 +113,7 @@ def summarise(
             for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :], strict=True):
                 found[i] = tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0]
                 count = max(1, int((ids != tokenizer.pad_token_id).sum()))
-                prompt_is_dense = protocol and first_sparse(protocol.tokens, len(prompts[i])) == len(prompts[i])
+                prompt_is_dense = protocol and protocol.first_sparse(len(prompts[i])) == len(prompts[i])
                 generated, influenced = generated + count, influenced + count - bool(prompt_is_dense)
             bar.update(len(batch))
     return found, influenced / generated if protocol else 0.0

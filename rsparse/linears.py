@@ -1,4 +1,4 @@
-"""The drop-in module: y = W s(x) + A B^T (x - s(x)) at sparse positions, W x elsewhere.
+"""The drop-in modules' common part, and the linear: y = W s(x) + A B^T (x - s(x)) at sparse positions, W x elsewhere.
 
 The weight stays where it is: a `SparseLinear` wraps the linear it replaces, so input sparsity needs no second
 copy and restoring the dense model means hanging the wrapped linear back. This is the evaluation path, which
@@ -19,14 +19,65 @@ from rsparse.protocol import TokenProtocol
 from rsparse.thresholds import channel_score, keep_above, keep_top
 
 
-class SparseLinear(nn.Module):
+class Masked(nn.Module):
+    """What hangs in place of a dense module and reads, at sparse positions, only some of its channels.
+
+    dense: the module it stands for. split: how many channels are kept. norms: (channels,) weights of the score, or
+    None for magnitude. threshold: one number; or None for the exact top `split.kept` channels of every token.
+    protocol: says which positions of the forward pass in progress are sparse.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        split: Split,
+        protocol: TokenProtocol,
+        norms: Tensor | None = None,
+        threshold: float | None = None,
+    ):
+        super().__init__()
+        self.dense, self.split, self.protocol, self.threshold = dense, split, protocol, threshold
+        self.tally: KeptTally | None = None
+        self.register_buffer("norms", norms, persistent=False)
+
+    def scored(self, x: Tensor) -> Tensor:
+        """Of what the score is taken, given the module's input."""
+        return x
+
+    def keep(self, z: Tensor) -> Tensor:
+        """Mask of the kept channels of z = scored(x), its shape (..., channels), at sparse positions."""
+        if self.split.kept == 0:
+            return ~torch.isfinite(z)  # nothing is read, but NaN and inf surface even without a low-rank path
+        score = channel_score(z, self.norms)
+        if self.threshold is None:
+            return keep_top(score, self.split.kept)
+        return keep_above(score, self.threshold)
+
+    def masked(self, z: Tensor) -> Tensor:
+        """z (rows, positions, channels) with zeros in the channels that sparse positions drop; counts what is kept."""
+        sparse = self.protocol.on(z.device)
+        keep = self.keep(z)
+        if self.tally is not None:
+            self.tally.add(keep if sparse is None else keep[sparse])
+        if sparse is not None:
+            keep = keep | ~sparse[..., None]
+        return z * keep  # several times faster on a CPU than `where`; a dropped inf becomes NaN, and surfaces
+
+    @property
+    def idle(self) -> bool:
+        """Whether no position of the forward pass in progress is sparse."""
+        return not self.protocol.any_sparse
+
+    def extra_repr(self) -> str:
+        return f"kept={self.split.kept}, rank={self.split.rank}, threshold={self.threshold}"
+
+
+class SparseLinear(Masked):
     """R-Sparse's linear (arXiv 2504.19449, equation 5); input sparsity (TEAL) is the case rank 0.
 
     dense: the wrapped linear, weight (m, n), of any kind that has in_features and out_features.
     split: kept channels and rank. factors: A (m, r), B (n, r), needed when the rank is not 0.
-    norms: (n,) weights of the score, or None for magnitude.
-    threshold: one number; or None for the exact top `split.kept` channels of every token.
-    protocol: says which positions of the forward pass in progress are sparse.
+    The other arguments are those of `Masked`.
 
     kept = 0 skips the sparse path; non-finite inputs surface in the output on every path.
     """
@@ -40,12 +91,9 @@ class SparseLinear(nn.Module):
         norms: Tensor | None = None,
         threshold: float | None = None,
     ):
-        super().__init__()
+        super().__init__(dense, split, protocol, norms, threshold)
         if (split.rank > 0) != (factors is not None):
             raise ValueError(f"rank is {split.rank}; expected factors exactly when it is not 0")
-        self.dense, self.split, self.protocol, self.threshold = dense, split, protocol, threshold
-        self.tally: KeptTally | None = None
-        self.register_buffer("norms", norms, persistent=False)
         self.register_buffer("A", factors and factors.A, persistent=False)
         self.register_buffer("B", factors and factors.B, persistent=False)
 
@@ -65,34 +113,16 @@ class SparseLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.dense.bias
 
-    def keep(self, x: Tensor) -> Tensor:
-        """Mask of the channels that the sparse path reads, shape of x (..., n), at sparse positions."""
-        if self.split.kept == 0:
-            return ~torch.isfinite(x)  # nothing is read, but NaN and inf surface even without a low-rank path
-        score = channel_score(x, self.norms)
-        if self.threshold is None:
-            return keep_top(score, self.split.kept)
-        return keep_above(score, self.threshold)
-
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, positions, n) -> (rows, positions, m)."""
-        sparse = self.protocol.on(x.device)
-        if sparse is not None and not self.protocol.any_sparse:
+        if self.idle:
             return self.dense(x)
-        keep = self.keep(x)
-        if self.tally is not None:
-            self.tally.add(keep if sparse is None else keep[sparse])
-        if sparse is not None:
-            keep = keep | ~sparse[..., None]
-        kept = x * keep  # several times faster on a CPU than `where`; a dropped inf becomes NaN, and surfaces
+        kept = self.masked(x)
         if self.A is None:
             return self.dense(kept)
-        if sparse is None and self.split.kept == 0:
+        if self.protocol.positions is None and self.split.kept == 0:
             return low_rank(x, self.A, self.B, self.bias)
         return self.dense(kept) + low_rank(x - kept, self.A, self.B)
-
-    def extra_repr(self) -> str:
-        return f"kept={self.split.kept}, rank={self.split.rank}, threshold={self.threshold}"
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:

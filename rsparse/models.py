@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import cached_file
 
@@ -32,6 +32,8 @@ SITES = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "attn_out"} | {
     "down": "mlp_hidden",
 }
 """Which activation a linear reads; linears of one block and site share it. Names as in TEAL's histograms."""
+ACTIVATION = "act"
+"""The kind of a `DecoderActivation`, beside those of the linears in KINDS."""
 SCOPES = {"all": KINDS, "attention": KINDS[:4], "mlp": KINDS[4:]}
 DTYPES = {
     "float64": torch.float64,
@@ -91,9 +93,63 @@ class DecoderLinear:
             raise ValueError(f"the weight of {self.name!r} is {dtype}; expected one of {', '.join(DTYPES)}")
         return BYTES[dtype]
 
+    @property
+    def channels(self) -> int:
+        """What a mask of this linear chooses from: its input channels, n."""
+        return self.shape[1]
+
+    @property
+    def site(self) -> str:
+        return SITES[self.kind]
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
+
+    @property
+    def hung(self) -> nn.Module:
+        """What hangs in this linear's place at the moment."""
+        return getattr(self.parent, self.attribute)
+
     def exchange(self, module: nn.Module) -> None:
         """Hang `module` where this linear hangs."""
         setattr(self.parent, self.attribute, module)
+
+
+@dataclass(frozen=True)
+class DecoderActivation:
+    """The activation function between gate and down of a block's MLP: where neurons can be switched off."""
+
+    name: str  # "model.layers.3.mlp.act_fn"
+    layer: int
+    parent: nn.Module
+    module: nn.Module
+    kind: str = ACTIVATION
+    attribute: str = "act_fn"
+
+    @property
+    def channels(self) -> int:
+        """Neurons of the MLP."""
+        return self.parent.gate_proj.out_features
+
+    @property
+    def site(self) -> str:
+        return "mlp_act"
+
+    @property
+    def device(self) -> torch.device:
+        return self.parent.gate_proj.weight.device
+
+    @property
+    def hung(self) -> nn.Module:
+        return getattr(self.parent, self.attribute)
+
+    def exchange(self, module: nn.Module) -> None:
+        setattr(self.parent, self.attribute, module)
+
+
+Place = DecoderLinear | DecoderActivation
+"""Where a mask can hang."""
 
 
 def check_model(model: nn.Module) -> None:
@@ -116,6 +172,13 @@ def decoder_linears(model: PreTrainedModel) -> list[DecoderLinear]:
             name = f"model.layers.{layer}.{part}.{attribute}"
             linears.append(DecoderLinear(name, layer, kind, parent, attribute, getattr(parent, attribute)))
     return linears
+
+
+def decoder_activations(model: PreTrainedModel) -> list[DecoderActivation]:
+    """The activation of every decoder block's MLP, by layer."""
+    check_model(model)
+    blocks = enumerate(model.model.layers)
+    return [DecoderActivation(f"model.layers.{i}.mlp.act_fn", i, x.mlp, x.mlp.act_fn) for i, x in blocks]
 
 
 def scope_share(linears: list[DecoderLinear], scope: str) -> Fraction:
@@ -164,6 +227,14 @@ def load_model(
         name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **place
     )
     return (model if device_map else model.to(device)).eval()
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """The model called `name` without weights: shapes alone, from its config.json."""
+    shape = name.removeprefix("random:")
+    config = shape_config(shape) if shape != name else AutoConfig.from_pretrained(check_checkpoint(name))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def depth(name: str) -> int:

@@ -72,14 +72,13 @@ def first_sparse(tokens: Tokens, length: int, context: int | None = None) -> int
     return min(tokens, length) if tokens >= 0 else max(length + tokens, 0)
 
 
-def sparse_mask(tokens: Tokens, real: Tensor, contexts: Sequence[int | None]) -> Tensor:
+def sparse_mask(first: Sequence[int], real: Tensor) -> Tensor:
     """Boolean mask (rows, width), True where a position is sparse.
 
-    real: boolean (rows, width), False at padding, which is never sparse and never counts.
+    first: of every row, the index of its first sparse position. real: boolean (rows, width), False at padding, which
+    is never sparse and never counts.
     """
-    lengths = real.sum(1).tolist()
-    first = torch.tensor([first_sparse(tokens, n, c) for n, c in zip(lengths, contexts, strict=True)])
-    return real & (real.cumsum(1) > first[:, None])
+    return real & (real.cumsum(1) > torch.tensor(first)[:, None])
 
 
 class TokenProtocol:
@@ -87,12 +86,17 @@ class TokenProtocol:
 
     `positions` is None while every position is sparse, else a boolean mask (rows, width) on the CPU. Attached
     to the decoder stack (`model.model`), whose inputs say how long the rows are and whether a cache continues.
+
+    prefix: of a method that chooses from dense positions. Where it is not 0, the first position of a row is always
+    dense, and under "all" the first `prefix` are. continues: whether the pass in progress continues a cache.
     """
 
-    def __init__(self, tokens: Tokens):
-        self.tokens = check_tokens(tokens)
+    def __init__(self, tokens: Tokens, prefix: int = 0):
+        self.tokens, self.prefix = check_tokens(tokens), prefix
         self.positions: Tensor | None = None
         self.any_sparse = True
+        self.continues = False
+        self._dense: Tensor | None = None
         self._rows: tuple[list[int], list[int]] | None = None
         self._placed: dict[torch.device, Tensor] = {}
 
@@ -103,6 +107,11 @@ class TokenProtocol:
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """The hook; a method and no closure, so that a deep copy of the model gets a protocol of its own."""
         self.begin(**inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments)
+
+    def first_sparse(self, length: int, context: int | None = None) -> int:
+        """`first_sparse` of the rule and the prefix: index of a row's first sparse position, `length` for none."""
+        least = self.prefix if self.tokens == "all" else min(self.prefix, 1)
+        return min(max(first_sparse(self.tokens, length, context), least), length)
 
     @contextmanager
     def rows(self, lengths: Sequence[int], contexts: Sequence[int]) -> Iterator[None]:
@@ -123,8 +132,8 @@ class TokenProtocol:
 
     def _resolve(self, input_ids, attention_mask, past_key_values, inputs_embeds) -> Tensor | None:
         rows, width = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-        cached = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
-        if self.tokens == "all" or cached:
+        self.continues = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+        if self.continues or (self.tokens == "all" and not self.prefix):
             return None
         if self._rows is not None:
             lengths, contexts = self._rows
@@ -132,8 +141,16 @@ class TokenProtocol:
                 announced = f"{len(lengths)} rows of up to {max(lengths)} tokens"
                 raise ValueError(f"{announced} were announced; got {rows} x {width}")
             real = torch.arange(width) < torch.tensor(lengths)[:, None]
-            return sparse_mask(self.tokens, real, contexts)
-        return sparse_mask(self.tokens, real_positions(attention_mask, rows, width), [None] * rows)
+        else:
+            real, contexts = real_positions(attention_mask, rows, width), [None] * rows
+        first = [self.first_sparse(n, c) for n, c in zip(real.sum(1).tolist(), contexts, strict=True)]
+        sparse = sparse_mask(first, real)
+        self._dense = real & ~sparse
+        return sparse
+
+    def prompt(self, device: torch.device) -> Tensor:
+        """Boolean (rows, width): the positions that are dense and no padding, from which a method may choose."""
+        return self._dense.to(device, non_blocking=True)
 
     def on(self, device: torch.device) -> Tensor | None:
         """`positions` on `device`, copied once per forward pass."""

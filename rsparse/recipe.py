@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 from torch import nn
 
-from rsparse.accounting import check_rho, check_sparsity
+from rsparse.accounting import check_rho, check_sparsity, square_split
 from rsparse.files import write_json
 from rsparse.models import KINDS, decoder_linears, fingerprint
 from rsparse.thresholds import SCORES, THRESHOLDS
@@ -82,6 +82,23 @@ class Recipe:
         ask = Ask(sparsity, rho, score, threshold)
         linears = {linear.name: ask for linear in decoder_linears(model)}
         return cls(f"uniform-{rho:g}", fingerprint(model), linears, {"sparsity": sparsity, "rho": rho})
+
+    @classmethod
+    def square_kv(
+        cls, model: nn.Module, sparsity: float, rho: float, score: str = "magnitude", threshold: str = "static"
+    ) -> Recipe:
+        """Uniform, but k and v get the channels and the rank of a square linear, whatever their shape.
+
+        What the R-Sparse authors' code does under grouped-query attention (utils/setup.py); the model then reads a
+        little more than asked. The same as `uniform` where k and v are square.
+        """
+        found = {}
+        for linear in decoder_linears(model):
+            m, n = linear.shape
+            split = square_split(m, n, sparsity, rho) if linear.kind in ("k", "v") and m < n else (sparsity, rho)
+            found[linear.name] = Ask(*split, score, threshold)
+        origin = {"sparsity": sparsity, "rho": rho, "k and v": "budgeted as square"}
+        return cls(f"square-kv-{rho:g}", fingerprint(model), found, origin)
 
     @classmethod
     def from_rsparse_list(cls, path: str | Path, model: nn.Module) -> Recipe:

@@ -101,6 +101,17 @@ class ScoreStatistics:
         low, high = _edge(bin_), _edge(bin_ + 1)
         return low + (high - low) * (rank - before) / int(self.counts[bin_])
 
+    def below(self, scores: Tensor) -> Tensor:
+        """Share of all (token, channel) scores that are <= each of `scores` (k,), float64; inverse of `quantile`."""
+        if self.tokens == 0:
+            raise ValueError("no calibration tokens were seen; expected at least one")
+        at = scores.float().clamp(0, torch.finfo(torch.float32).max).contiguous()
+        bins = (at.view(torch.int32) >> _DROPPED_BITS).long()
+        low, high = (((bins + i).int() << _DROPPED_BITS).view(torch.float32).double() for i in (0, 1))
+        cumulative = torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cumsum(0).cpu()])
+        inside = (cumulative[bins + 1] - cumulative[bins]) * ((at.double() - low) / (high - low))
+        return torch.where(scores < 0, 0.0, (cumulative[bins] + inside) / int(cumulative[-1]))
+
     @property
     def mean_abs(self) -> Tensor:
         return self.sum_abs / self.tokens

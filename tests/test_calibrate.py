@@ -5,7 +5,7 @@ import torch
 
 import rsparse
 from rsparse.accounting import split_budget
-from rsparse.calibrate import ROUNDS, check_ids, collect, run_decoder, statistics_key
+from rsparse.calibrate import MAGNITUDE, ROUNDS, Score, check_ids, collect, run_decoder, statistics_key
 from rsparse.models import decoder_linears
 from rsparse.thresholds import column_norms
 
@@ -31,10 +31,10 @@ def recorded(model, ids) -> dict[str, torch.Tensor]:
 def test_statistics_are_of_the_inputs(build, ids, norms):
     model = build()
     linears, inputs = decoder_linears(model), recorded(model, ids)
-    weights = {x.name: column_norms(x.module.weight) if norms else None for x in linears}
-    found = collect(model, ids, linears, weights)
-    for x in linears:
-        statistics, seen = found[statistics_key(x, weights[x.name])], inputs[x.name]
+    masks = [(x, Score(column_norms(x.module.weight) if norms else None)) for x in linears]
+    found = collect(model, ids, masks)
+    for x, mask in masks:
+        statistics, seen = found[statistics_key(x, mask)], inputs[x.name]
         assert statistics.tokens == ids.numel()
         torch.testing.assert_close(statistics.mean_abs, seen.abs().mean(0))
         torch.testing.assert_close(statistics.mean_square, seen.square().mean(0))
@@ -48,13 +48,13 @@ def test_statistics_are_of_the_inputs(build, ids, norms):
 def test_linears_that_read_one_activation_share_its_statistics(build, ids):
     model = build()
     linears = decoder_linears(model)
-    found = collect(model, ids, linears, {x.name: None for x in linears})
+    found = collect(model, ids, [(x, MAGNITUDE) for x in linears])
     assert len(found) == 8  # attn_in, attn_out, mlp_in, mlp_hidden of two layers
-    keys = {x.name: statistics_key(x, None) for x in linears[:7]}
+    keys = {x.name: statistics_key(x, MAGNITUDE) for x in linears[:7]}
     q, k, v, o, gate, up, down = keys.values()
     assert q == k == v and gate == up and len({q, o, gate, down}) == 4
-    norms = torch.ones(64)
-    assert len({statistics_key(x, norms) for x in linears}) == 14
+    weighted = Score(torch.ones(64))
+    assert len({statistics_key(x, weighted) for x in linears}) == 14
 
 
 def test_one_forward_pass_per_sample_and_no_logits(build, ids, monkeypatch):
@@ -66,8 +66,7 @@ def test_one_forward_pass_per_sample_and_no_logits(build, ids, monkeypatch):
     rsparse.sparsify(model, "teal", 0.5, calibration=ids)
     assert passes == [(1, 40)] * 4 * (2 + ROUNDS)  # dense, on the sparse model, and what was realised
     passes.clear()
-    linears = decoder_linears(model)
-    collect(model, ids, linears, {x.name: None for x in linears})
+    collect(model, ids, [(x, MAGNITUDE) for x in decoder_linears(model)])
     assert passes == [(1, 40)] * 4
 
 

@@ -28,7 +28,7 @@ RULES = ["all", "decode", "scored", 0, 3, 500, -1, -4, -500, 0.0, -0.0, 0.9, -0.
     ],
 )  # fmt: skip
 def test_published_defaults_by_position(code, length, first):
-    mask = sparse_mask(PUBLISHED[code], torch.ones(1, length, dtype=torch.bool), [None])
+    mask = sparse_mask([first_sparse(PUBLISHED[code], length)], torch.ones(1, length, dtype=torch.bool))
     assert mask[0].nonzero().flatten().tolist() == list(range(first, length))
 
 
@@ -76,9 +76,9 @@ def test_padding_on_either_side_is_never_sparse_and_never_counts(tokens, rows):
     real = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, (left, length, _) in enumerate(rows):
         real[i, left : left + length] = True
-    mask = sparse_mask(tokens, real, [None] * len(rows))
+    mask = sparse_mask([first_sparse(tokens, length) for _, length, _ in rows], real)
     for i, (left, length, _) in enumerate(rows):
-        alone = sparse_mask(tokens, torch.ones(1, length, dtype=torch.bool), [None])[0]
+        alone = torch.arange(length) >= first_sparse(tokens, length)
         assert mask[i, left : left + length].equal(alone) and not (mask[i] & ~real[i]).any()
 
 

@@ -77,7 +77,7 @@ def test_sparse_then_dense_again_bit_for_bit(build, ids, logits, sizes, asked):
 
 
 @every_model
-@pytest.mark.parametrize("method", rsparse.METHODS)
+@pytest.mark.parametrize("method", [name for name in rsparse.METHODS if name != "relufication"])  # it has no knob
 def test_no_sparsity_is_the_dense_model_bit_for_bit(build, ids, logits, sizes, method):
     model = build(**sizes)
     before = logits(model, ids)

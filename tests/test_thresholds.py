@@ -66,6 +66,18 @@ def test_whatever_the_ties_the_share_dropped_is_reached_and_no_value_more(values
     assert float((score < largest_dropped).double().mean()) <= share
 
 
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_shares_below_a_score_against_counting(draw):
+    x = draw(torch.Generator().manual_seed(0))
+    statistics = collected(x)
+    scores = torch.tensor([statistics.quantile(share) for share in SHARES], dtype=torch.float64)
+    assert statistics.below(scores).tolist() == pytest.approx(SHARES, abs=1e-6)
+    counted = [float((x.abs() <= score).double().mean()) for score in scores]
+    assert statistics.below(scores).tolist() == pytest.approx(counted, abs=2e-3)
+    ends = statistics.below(torch.tensor([-1.0, 0.0, math.inf])).tolist()
+    assert ends == pytest.approx([0, 0, 1])
+
+
 def test_zeros_are_dropped_first():
     x = torch.cat([torch.zeros(60, 4), torch.rand(40, 4) + 1])
     statistics = collected(x)

@@ -14,4 +14,4 @@ def plan(linears: Sequence[DecoderLinear], request: Request) -> dict[str, Ask]:
     return {linear.name: DENSE for linear in linears}
 
 
-METHOD = Method("dense", "the checkpoint as published", plan, takes=frozenset(), fixed={})
+METHOD = Method("dense", "the checkpoint as published", plan, takes=frozenset(), fixed={}, parts={})

@@ -7,16 +7,9 @@ half of a sequence (`tokens=-0.5`) and thresholds by the symmetric inverse CDF o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from fractions import Fraction
 
-from rsparse.methods.base import Method, Request
-from rsparse.models import DecoderLinear
-from rsparse.recipe import Ask
+from rsparse.methods.base import Method, uniform
+from rsparse.models import KINDS
 
-
-def plan(linears: Sequence[DecoderLinear], request: Request) -> dict[str, Ask]:
-    """rho = 1 and |x| as the score for every linear."""
-    return {x.name: Ask(request.sparsity, 1.0, "magnitude", request.threshold) for x in linears}
-
-
-METHOD = Method("teal", "arXiv 2408.14690", plan)
+METHOD = Method("teal", "arXiv 2408.14690", uniform(dict.fromkeys(KINDS, Fraction(1))))
