@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from rsparse.files import write_json
+from rsparse.greedy import TOKENS as SEARCHED
 from rsparse.paths import HERE, Checkout
 from rsparse.presets import Preset, has_overnight, load
 from rsparse.results import read_journal
@@ -29,6 +30,10 @@ TARGET = "A6000"
 OFFICIAL_ROWS = {  # task -> (items, options, assumed mean tokens of a row); items: sizes of the scored splits
     "winogrande": (1267, 2, 30), "piqa": (1838, 2, 45), "sciq": (1000, 4, 130), "obqa": (500, 4, 20),
     "hellaswag": (10042, 4, 100), "boolq": (3270, 2, 140), "arc_easy": (2376, 4, 40), "arc_challenge": (1172, 4, 45),
+}  # fmt: skip
+TEAL_ROWS = {  # the same with TEAL's examples before each question; a token that is written counts as fifteen
+    "mmlu": (14042, 4, 700), "arc_challenge": (1172, 4, 1100), "hellaswag": (10042, 4, 1000), "gsm8k": (1319, 1, 2900),
+    "piqa": (1838, 2, 45), "winogrande": (1267, 2, 170),
 }  # fmt: skip
 
 
@@ -46,9 +51,11 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in variants["whole"].parameters}
     provenance = next(iter(rehearsed.values()))[0]
     slower = _slower(provenance["device"])
-    found: dict[str, Any] = {name: _variant(one, rehearsed, slower) for name, one in variants.items()}
-    found["source"] = {"rehearsal": rehearsal, "device": provenance["device"], "code": provenance["code"],
-                       "slower": slower, "gpus": GPUS, "official_rows": OFFICIAL_ROWS}  # fmt: skip
+    whole = variants["whole"]
+    found: dict[str, Any] = {name: _variant(one, whole, rehearsed, slower) for name, one in variants.items()}
+    assumed = {"slower": slower, "gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
+    about = {"rehearsal": rehearsal, "device": provenance["device"], "code": provenance["code"]}
+    found["source"] = about | assumed
     target = checkout.results / preset / "estimate.json"
     write_json(target, found)
     return target
@@ -68,14 +75,16 @@ def _rehearsed(folder: Path, exhibit: str, preset: str) -> tuple[dict[str, Any],
     return provenance | {"rest": max(provenance["seconds"] - own, 0.0)}, costs
 
 
-def _variant(preset: Preset, rehearsed: Mapping[str, tuple[dict, list[dict]]], slower: float) -> dict[str, Any]:
+def _variant(
+    preset: Preset, whole: Preset, rehearsed: Mapping[str, tuple[dict, list[dict]]], slower: float
+) -> dict[str, Any]:
     """The projection of a preset or of its overnight subset; a measurement that two notebooks share is paid once."""
     notebooks, factors = {}, {}
     for exhibit, parameters in preset.parameters.items():
         provenance, costs = rehearsed[exhibit]
         paid = [x for x in costs if x["from"] == exhibit or x["from"] not in preset.parameters]
-        kept = (None, 0, *parameters["sparsities"]) if "sparsities" in parameters else None
-        needed = [x for x in paid if kept is None or x.get("sparsity") in kept]
+        left_out = set(whole.parameters[exhibit].get("sparsities", ())) - set(parameters.get("sparsities", ()))
+        needed = [x for x in paid if x.get("sparsity") not in left_out]
         seconds = provenance["rest"] + _scaled(needed, parameters, slower)
         memory = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory")}
         notebooks[exhibit] = {"seconds": round(seconds), **memory}
@@ -104,14 +113,18 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     """Tokens that one measurement of the kind `what` feeds under a real preset's parameters."""
     if what == "calibrate":
         return parameters["samples"] * parameters["length"]
+    if what == "greedy":
+        return min(parameters["samples"] * parameters["length"], SEARCHED)
     if what == "heldout":
         return parameters["windows"] * parameters["window"]
     if what == "summaries":
         return parameters["articles"] * parameters["summary_tokens"]
-    if what != "tasks" or parameters["suite"] != "official":
+    suites = {"official": OFFICIAL_ROWS, "teal": TEAL_ROWS}
+    if what != "tasks" or parameters["suite"] not in suites:
         raise ValueError(f"no projection for {what!r} of suite {parameters.get('suite')!r}; expected official tasks")
     limit = parameters["items"] or 10**9
-    return sum(min(items, limit) * options * length for items, options, length in OFFICIAL_ROWS.values())
+    rows = suites[parameters["suite"]].values()
+    return sum(min(items, limit) * options * length for items, options, length in rows)
 
 
 def decomposition_seconds(cost: Mapping[str, Any], slower: float) -> float:

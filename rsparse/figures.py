@@ -20,19 +20,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator
 
 from rsparse.models import KINDS
+from rsparse.shapes import DENSITIES
 
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 160,
     "text.usetex": False, "axes.titlesize": 10,
 }  # fmt: skip
-LOOK = {  # method -> colour, marker, dashes
+LOOK = {  # method -> colour, marker, dashes; beyond the palette's eight, grey and darker shades
     "dense": ("#000000", "D", ":"),
+    "relufication": ("#999999", "P", (0, (1, 3))),
+    "cats": ("#56B4E9", "<", (0, (5, 1))),
+    "griffin": ("#CC79A7", "p", (0, (8, 2))),
+    "chess": ("#8F8500", "X", (0, (3, 1, 1, 1, 1, 1))),
     "teal": ("#0072B2", "s", "--"),
+    "teal-greedy": ("#003A5C", "h", (0, (8, 2, 2, 2))),
     "low-rank": ("#E69F00", "^", "-."),
     "wina": ("#009E73", "v", (0, (3, 1, 1, 1))),
+    "wina-rotated": ("#004F3A", ">", (0, (3, 5, 1, 5))),
+    "larosa": ("#7A3560", "*", (0, (2, 1))),
     "r-sparse": ("#D55E00", "o", "-"),
 }
+OUTLIER = 30
+"""Where the largest difference of a figure is so many times the median one, its axis is logarithmic beyond that."""
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
@@ -137,32 +147,44 @@ def concentration(frame: pd.DataFrame, metric: str, label: str) -> Figure:
 
 
 @styled
-def quality(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str]) -> Figure:
+def quality(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str], by: str = "method") -> Figure:
     """Quality against model-level sparsity, one panel per measure, one line per method.
 
-    frame: tidy rows; dense rows stand at sparsity 0 of every method. measures: (task, metric) -> axis label.
+    frame: tidy rows; dense rows stand at sparsity 0 of every line. measures: (task, metric) -> axis label.
+    by: the column whose values are the lines, where it is not the method; a dense row's value has no say.
     Points are means over seeds; bars are the standard error over items (of the first seed).
     """
-    figure, axes = panels(1, len(measures), 3.6, 3.1)
-    methods = [m for m in LOOK if m in set(frame["method"]) and m != "dense"]
-    for axis, ((task, metric), label) in zip(axes[0], measures.items(), strict=True):
+    wide = len(measures) if len(measures) < 4 else 2
+    figure, axes = panels(-(-len(measures) // wide), wide, 3.6, 3.1)
+    looks = _looks(frame.loc[frame["method"] != "dense", by], by)
+    for axis, ((task, metric), label) in zip(axes.flat, measures.items(), strict=False):
         part = frame[(frame["task"] == task) & (frame["metric"] == metric)]
-        scale = 100 if metric in ("acc", "acc_norm") else 1
-        dense = part[part["method"] == "dense"]
-        for method in methods:
-            line = pd.concat([dense, part[part["method"] == method]]).groupby("sparsity")
+        scale = 100 if metric in ("acc", "acc_norm", "acc_or_norm") else 1
+        dense = part["method"] == "dense"
+        for name, (colour, marker, dash) in looks.items():
+            line = part[dense | (part[by] == name)].groupby("sparsity")
             value, stderr = scale * line["value"].mean(), scale * line["stderr"].first()
-            colour, marker, dash = LOOK[method]
             look = dict(color=colour, marker=marker, linestyle=dash, capsize=2)
-            axis.errorbar(100 * value.index, value, stderr, label=method, **look)
+            axis.errorbar(100 * value.index, value, stderr, label=name, **look)
         axis.set(xlabel="model-level sparsity (%)", ylabel=label)
         if metric == "perplexity":
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(LogFormatter())
             axis.yaxis.set_minor_formatter(LogFormatter())  # plain numbers, and none where they would crowd
-    if methods:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    for axis in axes.flat[len(measures) :]:
+        axis.axis("off")
+    if looks:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(looks)))
     return figure
+
+
+def _looks(lines: pd.Series, by: str) -> dict[str, tuple]:
+    """Colour, marker and dashes of every line: a method's own, else in order of appearance."""
+    names = list(dict.fromkeys(lines))
+    if by == "method":
+        return {name: look for name, look in LOOK.items() if name in names}
+    looks = zip(CYCLE, MARKERS, (*DASHES, *DASHES), strict=False)
+    return dict(zip(names, looks, strict=False))
 
 
 @styled
@@ -196,7 +218,28 @@ def differences(frame: pd.DataFrame, label: str, names: Sequence[str]) -> Figure
     frame: columns value, low, high; names: one label per row, in order. Zero means no difference.
     """
     figure, axes = panels(1, 1, 6.4, 0.6 + 0.32 * len(frame))
-    axis: Axes = axes[0, 0]
+    _draw_differences(axes[0, 0], frame, label, names)
+    return figure
+
+
+@styled
+def difference_panels(frame: pd.DataFrame) -> Figure:
+    """Paired differences of several measures with 95% intervals: a panel per measure, a row per comparison.
+
+    frame: columns panel (the label of its axis), label (of the row), value, low, high; panels and rows stand in the
+    order in which they first appear.
+    """
+    names, titles = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["panel"]))
+    columns = max(1, len(titles))
+    figure, axes = panels(1, columns, min(6.4, 10.4 / columns), 0.8 + 0.32 * len(names), sharey=True)
+    for axis, title in zip(axes[0], titles, strict=False):
+        part = frame[frame["panel"] == title].set_index("label").reindex(names)
+        _draw_differences(axis, part, title.replace(" (", "\n("), names)
+    return figure
+
+
+def _draw_differences(axis: Axes, frame: pd.DataFrame, label: str, names: Sequence[str]) -> None:
+    """A filled point where the interval excludes zero, an empty one where it does not."""
     y = np.arange(len(frame))[::-1]
     sure = ((frame["low"] > 0) | (frame["high"] < 0)).to_numpy()
     reach = np.vstack([frame["value"] - frame["low"], frame["high"] - frame["value"]])
@@ -205,7 +248,59 @@ def differences(frame: pd.DataFrame, label: str, names: Sequence[str]) -> Figure
                       markerfacecolor=fill, capsize=2)  # fmt: skip
     axis.axvline(0, color="black", linewidth=1, linestyle=":")
     axis.set(yticks=y, yticklabels=list(names), xlabel=label, ylim=(-0.7, len(frame) - 0.3))
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    sizes = frame["value"].abs()
+    if sizes.max() > OUTLIER * sizes.median() > 0:  # one far away would squeeze the others into a point
+        axis.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(sizes.median())))
+        axis.set_xlabel(f"{label}, symmetric log scale")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter("{x:g}")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+
+
+@styled
+def allocation(frame: pd.DataFrame) -> Figure:
+    """What a search gave every linear: heat maps of layer x kind, one panel per sparsity.
+
+    frame: columns sparsity, layer, linear, value (the linear's sparsity, 0..1).
+    """
+    budgets = sorted(frame["sparsity"].unique())
+    figure, axes = panels(1, len(budgets), 2.1, 2.9, sharey=True)
+    for axis, sparsity in zip(axes[0], budgets, strict=True):
+        wide = frame[frame["sparsity"] == sparsity].pivot_table(index="layer", columns="linear", values="value")
+        wide = wide[[kind for kind in KINDS if kind in wide]]
+        image = axis.imshow(100 * wide, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=100)
+        axis.set(title=f"sparsity {sparsity:.0%}", xticks=range(len(wide.columns)), xticklabels=wide.columns)
+        axis.tick_params(axis="x", rotation=90)
+        axis.grid(False)
+    axes[0, 0].set(ylabel="layer")
+    axes[0, 0].yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01, aspect=30, label="sparsity of the linear (%)")
+    return figure
+
+
+@styled
+def activations(histograms: Mapping[tuple[int, str], np.ndarray], sites: Mapping[str, str]) -> Figure:
+    """Density of |x| over its mean, one row of panels per layer, one column per site; two shapes of the same mean.
+
+    histograms: (layer, site) -> array (2, bins) of positions and densities. sites: key -> title.
+    """
+    layers = sorted({layer for layer, _ in histograms})
+    figure, axes = panels(len(layers), len(sites), 2.2, 1.9, sharex=True)
+    for row, layer in zip(axes, layers, strict=True):
+        for axis, (site, title) in zip(row, sites.items(), strict=True):
+            x, density = histograms[layer, site]
+            axis.step(x, density, where="mid", color="#000000", label="model")
+            for number, (name, at) in enumerate(DENSITIES.items()):
+                axis.plot(x, at(x), color=CYCLE[number], linestyle=DASHES[1 + number], label=name.capitalize())
+            axis.set_yscale("log")
+            axis.set(ylim=(1e-3, 10))
+            if layer == layers[0]:
+                axis.set_title(f"{site}\n{title}")
+        row[0].set_ylabel(f"layer {layer}\ndensity")
+    for axis in axes[-1]:
+        axis.set_xlabel("|x| over its mean")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

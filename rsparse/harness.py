@@ -1,8 +1,9 @@
-"""lm-eval's likelihood tasks on a sparsified model: every row knows where its prompt ends.
+"""lm-eval's tasks on a sparsified model: every row knows where its prompt ends.
 
 lm-eval's own Hugging Face model passes no context length to the model call, and the token protocols need it.
 `SparseLM` scores the rows itself, announcing each batch's to the protocol; requests, metrics and everything else
-are lm-eval's.
+are lm-eval's. Text that a task has the model write follows the rule "decode", as everywhere: prompt dense, what is
+generated sparse.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -28,18 +31,23 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as lm_eval_templates
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from rsparse.apply import protocol_of
+from rsparse.apply import protocol_of, tokens_as
 from rsparse.evaluate import token_log_probabilities
 from rsparse.paths import ROOT
-from rsparse.protocol import first_sparse
 
 TASKS = ("winogrande", "piqa", "sciq", "obqa", "hellaswag", "boolq", "arc_easy", "arc_challenge")
 """The paper's eight tasks, in its order."""
-SUITES = ("official", "tiny")
-"""Whose tasks: lm-eval's, or the embedded default's."""
+TEAL = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "gsm8k": 5, "piqa": 0, "winogrande": 5}
+"""TEAL's six tasks (arXiv 2408.14690, Table 2), and the solved examples that come before each question."""
+TINY_TEAL = ("arc_challenge", "hellaswag", "piqa", "winogrande")
+"""Those of TEAL's tasks that the embedded default has; it has no split to take examples from, so none come before."""
+SUITES = ("official", "tiny", "teal", "tiny-teal")
+"""Whose tasks: lm-eval's or the embedded default's, the paper's eight zero-shot; and the same for TEAL's."""
+FEWSHOT_SEED = 1234
+"""lm-eval's own default: which examples come before a question."""
 _OFFICIAL = {"obqa": "openbookqa"}
 _TINY = ROOT / "data" / "tiny" / "tasks"
 _ENCODED: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> BOS or not -> (context, continuation) -> ids
@@ -68,11 +76,12 @@ class SparseLM(HFLM):
         self.seconds = 0.0
         self._pairs = _ENCODED.setdefault(tokenizer, {}).setdefault(bos, {})
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def _encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
         """Token ids of both; a grid of settings scores the same items again and again."""
         key = context, continuation
         if key not in self._pairs:
-            self._pairs[key] = super()._encode_pair(context, continuation)
+            ids = super()._encode_pair(context, continuation)
+            self._pairs[key] = tuple(array("i", x) for x in ids)  # 4 bytes a token: few-shot contexts are long
         return self._pairs[key]
 
     @torch.no_grad()
@@ -94,7 +103,27 @@ class SparseLM(HFLM):
         self.seconds += time.monotonic() - started
         return answers
 
-    def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after every request, greedily, until one of the task's stop strings.
+
+        lm-eval cuts a prompt on the left where it and the longest answer would outgrow the model's positions.
+        """
+        started = time.monotonic()
+        with tokens_as(self.model, "decode"):
+            found = super().generate_until(requests, disable_tqdm)
+        self.seconds += time.monotonic() - started
+        return found
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options) -> Tensor:
+        """lm-eval's, counted: after a dense prompt, the first token of an answer is as the dense model's."""
+        output = super()._model_generate(context, max_length, stop, **options)
+        written = (output[:, context.shape[1] :] != self.tokenizer.pad_token_id).sum(1).clamp_min(1)
+        self.fed += int(options["attention_mask"].sum() + written.sum())
+        self.scored += int(written.sum())
+        self.influenced += int((written - 1).sum()) if protocol_of(self.model) else 0
+        return output
+
+    def _score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """One batch of (context ids, continuation ids), padded on the right."""
         if (longest := max(len(continuation) for _, continuation in rows)) > self.max_length:
             limit = f"expected at most {self.max_length}, the model's positions"
@@ -121,7 +150,7 @@ class SparseLM(HFLM):
             self.fed += length
             self.scored += length - context + 1
             if protocol:
-                self.influenced += length - max(first_sparse(protocol.tokens, length, context), context - 1)
+                self.influenced += length - max(protocol.first_sparse(length, context), context - 1)
 
 
 def row_shape(context: int, continuation: int, max_length: int) -> tuple[int, int]:
@@ -131,21 +160,37 @@ def row_shape(context: int, continuation: int, max_length: int) -> tuple[int, in
 
 
 @cache
-def load_tasks(suite: str) -> dict:
-    """The eight tasks of a suite, as in `TASKS`: "official" (needs network once) or "tiny" (the embedded
-    ones)."""
+def load_tasks(suite: str) -> dict[str, ConfigurableTask]:
+    """The tasks of a suite by name, in its order; of a task in parts every part, such as "mmlu/mmlu_anatomy".
+
+    The official ones need the network once. ValueError for a suite that is not in `SUITES`.
+    """
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if suite == "official":
-        names = {task: _OFFICIAL.get(task, task) for task in TASKS}
-        found = TaskManager().load(list(names.values()))["tasks"]
-    elif suite == "tiny":
-        names = {task: f"tiny_{task}" for task in TASKS}
-        configs = [_tiny_config(_TINY / f"{name}.yaml") for name in names.values()]
-        found = TaskManager(include_defaults=False).load(configs)["tasks"]
-    else:
-        raise ValueError(f"suite is {suite!r}; expected 'official' or 'tiny'")
-    return {task: found[name] for task, name in names.items()}  # by name: get_task_dict, for one, reorders
+    if suite not in SUITES:
+        raise ValueError(f"suite is {suite!r}; expected one of {', '.join(SUITES)}")
+    if suite in ("tiny", "tiny-teal"):
+        return _tiny(TASKS if suite == "tiny" else TINY_TEAL)
+    return _official(dict.fromkeys(TASKS, 0) if suite == "official" else TEAL)
+
+
+def _official(shots: Mapping[str, int]) -> dict[str, ConfigurableTask]:
+    names = {task: _OFFICIAL.get(task, task) for task in shots}
+    loaded = TaskManager().load(list(names.values()))
+    found: dict[str, ConfigurableTask] = {}
+    for task, name in names.items():
+        group = loaded["groups"].get(name) if "groups" in loaded else None
+        parts = {f"{task}/{x.task_name}": x for x in group.get_all_tasks()} if group else {task: loaded["tasks"][name]}
+        for part in parts.values():
+            part.set_config(key="num_fewshot", value=shots[task])
+        found |= parts
+    return found
+
+
+def _tiny(tasks: Sequence[str]) -> dict[str, ConfigurableTask]:
+    configs = [_tiny_config(_TINY / f"tiny_{task}.yaml") for task in tasks]
+    found = TaskManager(include_defaults=False).load(configs)["tasks"]
+    return {task: found[f"tiny_{task}"] for task in tasks}  # by name: get_task_dict, for one, reorders
 
 
 def _tiny_config(path: Path) -> dict:
@@ -181,7 +226,8 @@ class Scored(NamedTuple):
     """items: one row per item (task, item, acc, acc_norm where lm-eval defines it, margin). influenced: share of
     the scored logits that a sparse position influenced. fed, seconds: tokens fed, and the time that took.
 
-    margin: log-probability of the gold option among the options, in nats, which moves where accuracy is blind.
+    margin: log-probability of the gold option among the options, in nats, which moves where accuracy is blind; NaN
+    for a task whose answers are written, where acc says whether the answer is exactly the right one.
     """
 
     items: pd.DataFrame
@@ -193,26 +239,54 @@ class Scored(NamedTuple):
 def score_tasks(
     model: nn.Module, tokenizer, suite: str, items: int | None = None, batch_size: int = 16, bos: bool = True
 ) -> Scored:
-    """Score the eight tasks zero-shot under the model's token protocol; `items`: the first so many of each task,
-    None for all."""
+    """Score the tasks of a suite under the model's token protocol.
+
+    items: the first so many of each task, None for all; of a task in parts about so many, equally many of every part.
+    Such a task is one, its items side by side, which is lm-eval's own weighting of its parts.
+    """
     tasks = load_tasks(suite)
     lm = SparseLM(model, tokenizer, batch_size, bos)
-    found = lm_eval.evaluate(lm, tasks, limit=items, log_samples=True, bootstrap_iters=0)["samples"]
-    frames = [_item_rows(name, task, found[name]) for name, task in tasks.items()]
-    influenced = lm.influenced / max(lm.scored, 1)
-    return Scored(pd.concat(frames, ignore_index=True), influenced, lm.fed, lm.seconds)
+    found: dict[str, list] = {}
+    for limit, group in _by_limit(tasks, items).items():
+        for task in group.values():
+            task.set_fewshot_seed(FEWSHOT_SEED)  # else the next setting would be asked after other examples
+        found |= lm_eval.evaluate(lm, group, limit=limit, log_samples=True, bootstrap_iters=0)["samples"]
+    frame = pd.concat([_item_rows(name, task, found[name]) for name, task in tasks.items()], ignore_index=True)
+    frame["item"] = frame.groupby("task").cumcount()
+    return Scored(frame, lm.influenced / max(lm.scored, 1), lm.fed, lm.seconds)
+
+
+def _whole(name: str) -> str:
+    """The task that a part such as "mmlu/mmlu_anatomy" belongs to."""
+    return name.partition("/")[0]
+
+
+def _by_limit(tasks: Mapping[str, ConfigurableTask], items: int | None) -> dict[int | None, dict]:
+    """The tasks by how many items of each are asked."""
+    parts = Counter(map(_whole, tasks))
+    found: dict[int | None, dict] = {}
+    for name, task in tasks.items():
+        limit = None if items is None else max(1, round(items / parts[_whole(name)]))
+        found.setdefault(limit, {})[name] = task
+    return found
 
 
 def _item_rows(name: str, task: ConfigurableTask, samples: list[dict]) -> pd.DataFrame:
+    """Of a task with several ways to find the answer in what was written, the first: lm-eval's strict one."""
     rows = []
-    for sample in sorted(samples, key=lambda s: s["doc_id"]):
-        likelihoods = torch.tensor([float(r[0]) for r in sample["filtered_resps"]], dtype=torch.float64)
-        margin = float(likelihoods.log_softmax(0)[_gold(task, sample["doc"])])
-        norm = sample.get("acc_norm", math.nan)
-        rows.append(
-            {"task": name, "item": sample["doc_id"], "acc": sample["acc"], "acc_norm": norm, "margin": margin}
-        )
+    chosen = [x for x in samples if x["filter"] == samples[0]["filter"]]
+    for sample in sorted(chosen, key=lambda s: s["doc_id"]):
+        written = task.OUTPUT_TYPE == "generate_until"
+        rows.append({
+            "task": _whole(name), "item": sample["doc_id"], "acc": sample["exact_match" if written else "acc"],
+            "acc_norm": sample.get("acc_norm", math.nan), "margin": math.nan if written else _margin(task, sample),
+        })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _margin(task: ConfigurableTask, sample: dict) -> float:
+    likelihoods = torch.tensor([float(r[0]) for r in sample["filtered_resps"]], dtype=torch.float64)
+    return float(likelihoods.log_softmax(0)[_gold(task, sample["doc"])])
 
 
 def _gold(task: ConfigurableTask, doc: dict) -> int:

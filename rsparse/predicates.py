@@ -39,7 +39,7 @@ Node = Any  # an expression or a predicate, as it stands in YAML
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "fails", "undecided", "missing"
 MEASURED = frozenset(
-    "preset model planned realised influenced seed value stderr low high n confidence realised_spread "
+    "preset model planned realised nominal influenced seed value stderr low high n confidence realised_spread "
     "realised_worst rank ranks kept seconds bytes wall_s memory chance items".split()
 )
 

@@ -17,19 +17,21 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from rsparse import evaluate, harness, intervals, models, paths, texts
-from rsparse.apply import Report, counting, sparsify, tokens_as
+from rsparse import evaluate, harness, intervals, models, paths, planning, texts
+from rsparse.apply import counting, sparsify, tokens_as
 from rsparse.calibrate import Calibration
 from rsparse.decompose import FactorStore, default_store
 from rsparse.methods import METHODS
 from rsparse.protocol import Tokens
-from rsparse.recipe import Ask
+from rsparse.recipe import Ask, Recipe
+from rsparse.report import Report
 from rsparse.results import Table
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to sparsify a model; the arguments of `rsparse.sparsify` by their names.
+    """One way to sparsify a model; the arguments of `rsparse.sparsify` by their names. scope: None becomes the
+    method's own.
 
     Raises ValueError for a value that is not allowed: a grid of settings is refused before any is measured.
     """
@@ -39,34 +41,46 @@ class Setting:
     rho: float = 0.95
     score: str = "magnitude"
     threshold: str = "static"
-    scope: str = "all"
+    scope: str | None = None
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}")
+        if self.scope is None:
+            object.__setattr__(self, "scope", METHODS[self.method].scope)
         if self.scope not in models.SCOPES:
             raise ValueError(f"scope is {self.scope!r}; expected one of {', '.join(models.SCOPES)}")
         Ask(self.sparsity, self.rho, self.score, self.threshold)
 
     @property
     def has_mask(self) -> bool:
-        """Whether the method chooses input channels by a score."""
+        """Whether the method chooses input channels or neurons by a score."""
         return METHODS[self.method].has_mask
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration tokens have a say in it."""
+        return METHODS[self.method].calibrates or (self.canonical.has_mask and self.threshold != "per-token")
 
     @property
     def canonical(self) -> Setting:
         """The same sparse model under one name: r-sparse at rho 1 is teal, at rho 0 low-rank; of the fields that
         the method ignores, the defaults."""
+        if self.recipe is not None:
+            return self
         if self.method == "r-sparse" and self.rho == 1 and self.score == "magnitude":
             return replace(self, method="teal").canonical
         if self.method == "r-sparse" and self.rho == 0:
             return replace(self, method="low-rank").canonical
-        takes = METHODS[self.method].takes
-        return Setting(self.method, scope=self.scope, **{name: getattr(self, name) for name in takes})
+        method = METHODS[self.method]
+        narrow = method.parts and method.touches(self.scope) == method.touches("mlp")
+        kept = {name: getattr(self, name) for name in method.takes}
+        return Setting(self.method, scope="mlp" if narrow else self.scope, **kept)
 
     def seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """The seeds that differ for this setting: one where nothing is calibrated."""
-        return seeds if self.canonical.has_mask and self.threshold != "per-token" else seeds[:1]
+        return seeds if self.calibrated else seeds[:1]
 
     def columns(self) -> dict[str, Any]:
         """The columns of `results.COLUMNS` that name it; "" and None where a column means nothing."""
@@ -75,12 +89,12 @@ class Setting:
         return {
             "method": self.method,
             "scope": self.scope,
-            "recipe": "uniform" if method.takes_recipe else "",
+            "recipe": (self.recipe.name if self.recipe else "uniform") if method.takes_recipe else "",
             "sparsity": self.sparsity,
             "rho": None,
             "score": "",
             "threshold": "",
-        } | {**method.fixed, **used}
+        } | {**method.fixed, **used} | ({"rho": None, "score": "", "threshold": ""} if self.recipe else {})
 
 
 DENSE = Setting("dense")
@@ -142,6 +156,30 @@ class Sources:
             raise ValueError(f"context is {self.context!r}; expected 0..{most} for windows of {self.window} tokens")
 
 
+class Bench:
+    """A loaded model with its tokenizer and factors, and what was last put on it; studies of one checkpoint share it.
+
+    applied: (study, setting, seed), or None where the model may be in any state.
+    """
+
+    def __init__(self, sources: Sources):
+        self.sources = sources
+        self.applied: tuple[int, Setting, int] | None = None
+
+    @cached_property
+    def model(self):
+        s = self.sources
+        return models.load_model(s.checkpoint, s.dtype, s.device, s.device_map or None)
+
+    @cached_property
+    def tokenizer(self):
+        return models.load_tokenizer(self.sources.checkpoint)
+
+    @cached_property
+    def store(self) -> FactorStore:
+        return default_store()
+
+
 @dataclass
 class Study:
     """Measures settings of one checkpoint into `table`."""
@@ -149,11 +187,23 @@ class Study:
     sources: Sources
     table: Table
     seed: int = 0
+    bench: Bench | None = None
     _calibration: dict[int, Calibration] = field(default_factory=dict)
-    _applied: tuple[Setting, int] | None = None
     _columns: dict[str, Any] = field(default_factory=dict)
     _losses_all: Tensor | None = None
     _costs: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bench = self.bench or Bench(self.sources)
+
+    def sibling(self, **changes: Any) -> Study:
+        """A study of the same loaded model whose sources differ in `changes`, such as samples and length."""
+        return Study(replace(self.sources, **changes), self.table, self.seed, self.bench)
+
+    def reaches(self, setting: Setting) -> bool:
+        """Whether the method can make this checkpoint as sparse as the setting asks; loads no weights."""
+        model = models.skeleton(self.sources.checkpoint)
+        return setting.sparsity < planning.ceiling(model, setting.method, setting.scope)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -167,19 +217,17 @@ class Study:
         files = {name: paths.stamp(getattr(s, name)) for name in ("checkpoint", "calibration", "heldout", "summaries")}
         return files | {"revision": models.revision(s.checkpoint)}
 
-    @cached_property
+    @property
     def model(self):
-        return models.load_model(
-            self.sources.checkpoint, self.sources.dtype, self.sources.device, self.sources.device_map or None
-        )
+        return self.bench.model
 
-    @cached_property
+    @property
     def tokenizer(self):
-        return models.load_tokenizer(self.sources.checkpoint)
+        return self.bench.tokenizer
 
-    @cached_property
+    @property
     def store(self) -> FactorStore:
-        return default_store()
+        return self.bench.store
 
     def calibration(self, seed: int) -> Calibration:
         """Calibration windows, (samples, length), which the seed picks; their statistics are gathered
@@ -201,17 +249,17 @@ class Study:
 
         One pass over the held-out text gives the realised sparsity and, by the way, the losses under "all".
         """
-        if self._applied != (setting, seed):
-            self._applied = None
+        if self.bench.applied != (id(self), setting, seed):
+            self.bench.applied = None
             self._sparsify(setting, self.calibration(seed))
             with counting(self.model) as realised:
                 self._losses_all = self._heldout_losses()
                 self._columns = describe(setting, self.sources, realised())
-            self._applied = (setting, seed)
+            self.bench.applied = (id(self), setting, seed)
         return self._columns | {"seed": seed}
 
     def tasks(self, setting: Setting, seed: int | None = None, tokens: Tokens = "scored") -> pd.DataFrame:
-        """Score the eight tasks: one row per item (task, item, acc, acc_norm, margin in nats). Adds rows."""
+        """Score the tasks of the suite: one row per item (task, item, acc, acc_norm, margin in nats). Adds rows."""
 
         def measure(columns: dict[str, Any]) -> tuple[list[dict], dict[str, list]]:
             s = self.sources
@@ -273,9 +321,12 @@ class Study:
         return kept["items"]
 
     def _sparsify(self, setting: Setting, calibration: Calibration) -> None:
-        calibrates = setting.has_mask and setting.threshold != "per-token"
-        with self.costing("calibrate", calibration.ids.numel() if calibrates else 0) as costs:
-            sparsify(self.model, calibration=calibration, tokens="all", store=self.store, **asdict(setting))
+        with self.costing("calibrate", calibration.ids.numel() if setting.calibrated else 0) as costs:
+            sparsify(self.model, calibration=calibration, tokens="all", store=self.store, **vars(setting))
+        for tokens, seconds in calibration.searched:
+            costs[-1]["seconds"] -= seconds
+            costs.insert(0, {"what": "greedy", "seconds": seconds, "tokens": tokens})
+        calibration.searched.clear()
         self._costs += costs
 
     def _heldout_losses(self) -> Tensor:
@@ -303,19 +354,27 @@ class Study:
 
 FOUR = ("winogrande", "piqa", "sciq", "obqa")
 """The tasks of R-Sparse's Table 3, averaged as "average-4"."""
+TEAL_AVERAGES = {"average-6": tuple(harness.TEAL), "average-4-teal": harness.TINY_TEAL}
+"""The averages of TEAL's suites; other suites hold some of these tasks with other examples before them."""
 
 
 def with_averages(found: dict[str, intervals.Interval]) -> dict[str, intervals.Interval]:
-    """Intervals by task, and behind them those of the unweighted averages over all eight and over `FOUR`."""
+    """Intervals by task, and behind them those of unweighted averages: over all eight, over `FOUR`, over TEAL's."""
     averages = {"average": harness.TASKS, "average-4": FOUR}
     known = {name: tasks for name, tasks in averages.items() if set(tasks) <= set(found)}
+    known |= {name: tasks for name, tasks in TEAL_AVERAGES.items() if set(tasks) == set(found)}
     return found | {name: intervals.macro([found[task] for task in tasks]) for name, tasks in known.items()}
+
+
+def or_norm(items: pd.DataFrame) -> pd.DataFrame:
+    """`items` with the column acc_or_norm: acc_norm where lm-eval defines it, else acc. Several papers print that."""
+    return items.assign(acc_or_norm=items["acc_norm"].fillna(items["acc"]))
 
 
 def task_rows(frame: pd.DataFrame, columns: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of every task and metric, and of their averages over tasks, from per-item values."""
-    rows = []
-    for metric in ("acc", "acc_norm", "margin"):
+    rows, frame = [], or_norm(frame)
+    for metric in ("acc", "acc_norm", "acc_or_norm", "margin"):
         parts = {task: items[metric].dropna() for task, items in frame.groupby("task", sort=False)}
         counted = metric != "margin"
         found = {task: intervals.mean(values, counted=counted) for task, values in parts.items() if len(values)}
@@ -330,11 +389,16 @@ def task_rows(frame: pd.DataFrame, columns: dict[str, Any]) -> list[dict[str, An
 def paired_rows(
     a: pd.DataFrame, b: pd.DataFrame, metrics: Sequence[str], columns: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Rows of the differences a - b over the same items, per task and on average, with 95% intervals."""
+    """Rows of the differences a - b over the same items, per task and on average, with 95% intervals.
+
+    A task whose items lack a metric, all of them, has no row for it.
+    """
     rows = []
     for metric in metrics:
         found = {}
         for task, items in a.groupby("task", sort=False):
+            if items[metric].isna().all():
+                continue
             other = b[b["task"] == task].set_index("item").loc[items["item"], metric]
             pair = items[metric].to_numpy(float), other.to_numpy(float)
             found[task] = intervals.paired(*pair, counted=metric != "margin")
@@ -345,7 +409,7 @@ def paired_rows(
 
 def describe(setting: Setting, sources: Sources, report: Report | None = None) -> dict[str, Any]:
     """The columns that name a setting and, with its report, those that say how it was carried out."""
-    calibrated = setting.has_mask and setting.threshold != "per-token"
+    calibrated = setting.calibrated
     columns = setting.columns() | {
         "model": sources.name,
         "calibration": f"{sources.calibration} {sources.samples}x{sources.length}" if calibrated else "",
@@ -355,4 +419,5 @@ def describe(setting: Setting, sources: Sources, report: Report | None = None) -
     if report is None:
         return columns
     ranks = " ".join(f"{x.kind} {x.rank}" for x in report.linears[: len(models.KINDS)])
-    return columns | {"planned": report.planned, "realised": report.realised, "ranks": ranks}
+    found = {"planned": report.planned, "realised": report.realised, "ranks": ranks}
+    return columns | found | ({} if math.isnan(report.nominal) else {"nominal": report.nominal})

@@ -11,7 +11,7 @@ import small_checkpoint
 import torch
 from scipy import stats
 
-from rsparse.calibrate import Calibration
+from rsparse.calibrate import MAGNITUDE, Calibration
 from rsparse.decompose import FactorStore
 from rsparse.exhibits import quality, rank_awareness, rank_reading, score_map
 from rsparse.exhibits.rank_awareness import Plan
@@ -73,12 +73,12 @@ def sources(tmp_path_factory):
 def test_controls_keep_what_they_should(build, ids):
     model = build("float32")
     calibration, store = Calibration(model, ids), FactorStore("nowhere")
-    calibration.gather(decoder_linears(model), {x.name: None for x in decoder_linears(model)})
+    calibration.gather([(x, MAGNITUDE) for x in decoder_linears(model)])
     found = {(x.linear.name, x.control): x for x in score_map.score_maps(calibration, 1, store, seed=3)}
     assert len(store.computed) == 2 * len(KINDS), "the shuffled control shares the model's decomposition"
     assert len(found) == len(KINDS) * len(CONTROLS)
     for linear in decoder_linears(model)[7:]:
-        W, x = linear.module.weight.detach().double(), calibration.statistics(linear, None).mean_abs.double()
+        W, x = linear.module.weight.detach().double(), calibration.statistics(linear, MAGNITUDE).mean_abs.double()
         _, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
         real, gaussian, permuted = (found[linear.name, control].S.double() for control in CONTROLS)
         torch.testing.assert_close(real, sigma[:, None] * Vh.abs() * x, rtol=1e-3, atol=1e-5)

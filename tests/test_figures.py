@@ -70,6 +70,10 @@ def all_figures() -> dict[str, Figure]:
         {"planted": [0.2, 0.5], "found": [0.2, 1.0], "noise": [0.1, 0.3], "step": [0.1, 0.1]}
     )
     measures = {("average", "acc"): "accuracy (%)", ("heldout", "perplexity"): "perplexity"}
+    chosen = pd.DataFrame([
+        {"sparsity": s, "layer": i, "linear": kind, "value": s} for s in (0.4, 0.5) for i in (0, 1, 2) for kind in KINDS
+    ])  # fmt: skip
+    histogram = np.array([[0.5, 1.5, 2.5], [0.6, 0.2, 0.0]])  # an empty bin
     return {
         "score_maps": figures.score_maps(maps, {"a": "one", "b": "two"}, KINDS),
         "concentration": figures.concentration(shares, "share_top10", "share (%)"),
@@ -80,7 +84,13 @@ def all_figures() -> dict[str, Figure]:
         "rho_sweep": figures.rho_sweep(points),
         "differences": figures.differences(paired, "difference", ["one", "two", "three"]),
         "no differences": figures.differences(paired.iloc[:0], "difference", []),
+        "difference_panels": figures.difference_panels(
+            pd.concat([paired, paired[1:]]).assign(panel=["a (x)"] * 3 + ["b (y)"] * 2, label=[*"pqr", *"qr"])
+        ),
+        "lines": figures.quality(quality_rows().assign(line=lambda x: x["method"].str[0]), measures, by="line"),
         "planted": figures.planted(found),
+        "allocation": figures.allocation(chosen),
+        "activations": figures.activations({(i, x): histogram for i in (0, 3) for x in "ab"}, {"a": "A", "b": "B"}),
     }
 
 
@@ -142,6 +152,27 @@ def test_differences_are_filled_where_zero_is_excluded():
             filled |= {float(y): line.get_markerfacecolor() for y in line.get_ydata()}
     assert (filled[2.0], filled[1.0], filled[0.0]) == ("#D55E00", "white", "white")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two", "three"]
+
+
+def test_difference_panels_share_their_rows():
+    left, right = all_figures()["difference_panels"].axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["p", "q", "r"]
+    assert (left.get_xlabel(), right.get_xlabel()) == ("a\n(x)", "b\n(y)")
+
+    def drawn(axis) -> dict[float, float]:
+        points = [line for line in axis.lines if line.get_marker() == "o"]
+        return {y: x for line in points for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True) if x == x}
+
+    assert drawn(left) == {2: 0.1, 1: -0.2, 0: 0.0}
+    assert drawn(right) == {1: -0.2, 0: 0.0}, "the row that a panel lacks stays empty"
+
+
+def test_quality_by_another_column_starts_every_line_at_dense():
+    axes = all_figures()["lines"].axes[0]
+    named = {box.get_label(): box.lines[0] for box in axes.containers}
+    assert list(named) == ["t", "r", "l"]
+    assert all(line.get_xdata().tolist() == [0, 30, 70] for line in named.values())
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in named.values()}) == 3
 
 
 def test_tables_round_by_column_and_leave_gaps_empty(shown):

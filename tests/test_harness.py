@@ -216,7 +216,7 @@ def test_lm_eval_itself_takes_the_model(build, tokenizer, toy_suite):
 
 
 def test_unknown_suite():
-    with pytest.raises(ValueError, match="suite is 'big'; expected 'official' or 'tiny'"):
+    with pytest.raises(ValueError, match="suite is 'big'; expected one of official, tiny, teal, tiny-teal"):
         load_tasks("big")
 
 

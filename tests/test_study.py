@@ -34,7 +34,7 @@ def measured(sources, tmp_path_factory):
     """Everything of three settings, and of one with a second seed: (study, its folder)."""
     folder = tmp_path_factory.mktemp("results")
     made = Study(sources, Table("exhibit", "preset", folder))
-    made.store = FactorStore(tmp_path_factory.mktemp("factors"))
+    made.bench.store = FactorStore(tmp_path_factory.mktemp("factors"))
     for setting in (DENSE, TEAL, R_SPARSE):
         everything(made, setting)
     made.losses(TEAL, seed=1)

@@ -8,17 +8,16 @@ against.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from tqdm import tqdm
 
 from rsparse import intervals
-from rsparse.study import DENSE, Setting, Study, describe, paired_rows
+from rsparse.exhibits import paired
+from rsparse.study import DENSE, Setting, Study, describe
 from rsparse.thresholds import SCORES
-
-METRICS = ("acc", "margin")
 
 
 @dataclass(frozen=True)
@@ -77,21 +76,23 @@ def compare(study: Study, plan: Plan) -> None:
     """Table 3 at every budget, and the differences that its question turns on."""
     for sparsity in tqdm(plan.sparsities, desc="budgets"):
         found = plan.methods(sparsity)
-        _measure(study, (DENSE, *found.values()), plan.seeds)
-        add_differences(study, found["r-sparse"], found["teal"], plan.seeds)
-        add_differences(study, found["low-rank"], found["teal"], plan.seeds)
+        for setting in (DENSE, *found.values()):
+            paired.of(study, setting).measure(plan.seeds)
+        _compare(study, found["r-sparse"], found["teal"], plan.seeds)
+        _compare(study, found["low-rank"], found["teal"], plan.seeds)
         for setting in found.values():
-            add_differences(study, setting, DENSE, plan.seeds)
+            _compare(study, setting, DENSE, plan.seeds)
 
 
 def compare_scores(study: Study, plan: Plan) -> None:
     """The two-by-two of mask score and low-rank path at every budget, by held-out loss and by margins."""
     for sparsity in tqdm(plan.score_sparsities, desc="two by two"):
         cells = plan.two_by_two(sparsity)
-        _measure(study, cells.values(), plan.seeds)
+        for setting in cells.values():
+            paired.of(study, setting).measure(plan.seeds)
         for score in SCORES:
-            add_differences(study, cells[score, plan.rho], cells[score, 1.0], plan.seeds)
-        add_differences(study, cells["column-norm", 1.0], plan.methods(sparsity)["teal"], plan.seeds)
+            _compare(study, cells[score, plan.rho], cells[score, 1.0], plan.seeds, "rho=1")
+        _compare(study, cells["column-norm", 1.0], plan.methods(sparsity)["teal"], plan.seeds)
 
 
 def sweep(study: Study, plan: Plan) -> pd.DataFrame:
@@ -135,40 +136,5 @@ def _add_sweep_rows(
         study.table.add(key, rows)
 
 
-def _measure(study: Study, settings: Iterable[Setting], seeds: Sequence[int]) -> None:
-    for setting in settings:
-        for seed in setting.seeds(seeds):
-            study.losses(setting, seed)
-            study.tasks(setting, seed)
-
-
-def add_differences(study: Study, setting: Setting, against: Setting, seeds: Sequence[int]) -> None:
-    """Rows of paired differences `setting` minus `against`, averaged over seeds item by item.
-
-    Metrics: diff_acc, diff_margin per task and on average; diff_perplexity_log, the difference of mean losses
-    in nats per token, over held-out windows. Column `against`: a method, or "rho=1" for r-sparse itself with
-    the same score. The spread over seeds is in the rows of each seed; here seeds only quieten the
-    calibration.
-    """
-    key = {"what": "differences", "setting": vars(setting), "against": vars(against), "seeds": list(seeds),
-           "study": study.identity}  # fmt: skip
-    if study.table.find(key) is None:
-        base = describe(setting, study.sources) | {
-            "seed": "/".join(map(str, setting.seeds(seeds))),
-            "against": "rho=1" if against.method == "r-sparse" else against.method,
-        }
-        losses = _mean_losses(study, setting, seeds), _mean_losses(study, against, seeds)
-        heldout = {"tokens": "all", "task": "heldout", "metric": "diff_perplexity_log"}
-        rows = [base | heldout | intervals.paired(*losses).row()]
-        items = _mean_items(study, setting, seeds), _mean_items(study, against, seeds)
-        study.table.add(key, rows + paired_rows(*items, METRICS, base | {"tokens": "scored"}))
-
-
-def _mean_losses(study: Study, setting: Setting, seeds: Sequence[int]) -> list[float]:
-    runs = [study.losses(setting, seed) for seed in setting.seeds(seeds)]
-    return [sum(values) / len(values) for values in zip(*runs, strict=True)]
-
-
-def _mean_items(study: Study, setting: Setting, seeds: Sequence[int]) -> pd.DataFrame:
-    runs = [study.tasks(setting, seed).set_index(["task", "item"]) for seed in setting.seeds(seeds)]
-    return (sum(runs[1:], runs[0]) / len(runs)).reset_index()
+def _compare(study: Study, setting: Setting, against: Setting, seeds: Sequence[int], label: str = "") -> None:
+    paired.add_differences(paired.of(study, setting), paired.of(study, against), seeds, label)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rsparse import models
-from rsparse.calibrate import Calibration
+from rsparse.calibrate import MAGNITUDE, Calibration
 from rsparse.decompose import FactorStore, score_map, stable_rank
 from rsparse.models import KINDS, DecoderLinear, decoder_linears
 from rsparse.study import Study
@@ -68,7 +68,7 @@ def score_maps(calibration: Calibration, layer: int, store: FactorStore, seed: i
     """The map of every linear of `layer` under every control, one at a time; E|x| as `calibration` has gathered it."""
     for linear in (x for x in decoder_linears(calibration.model) if x.layer == layer):
         generator = torch.Generator().manual_seed(1000 * seed + len(KINDS) * layer + KINDS.index(linear.kind))
-        W, x = linear.module.weight.detach(), calibration.statistics(linear, None).mean_abs
+        W, x = linear.module.weight.detach(), calibration.statistics(linear, MAGNITUDE).mean_abs
         gaussian = torch.randn(W.shape, generator=generator).to(W.device)
         gaussian *= W.double().norm().float() / gaussian.norm()
         shuffled = x[torch.randperm(len(x), generator=generator)]
@@ -107,7 +107,7 @@ def _measure_layer(study: Study, layer: int, layers: Sequence[int], cuts: Sequen
         calibration = study.calibration(study.seed)
         with study.costing("maps") as costs:
             linears = [x for x in decoder_linears(study.model) if x.layer in layers]
-            calibration.gather(linears, {x.name: None for x in linears})
+            calibration.gather([(x, MAGNITUDE) for x in linears])
             found = score_maps(calibration, layer, study.store, study.seed)
             for score in tqdm(found, total=len(CONTROLS) * len(KINDS), desc=f"maps of layer {layer}", leave=False):
                 rows += share_rows(score, cuts, study.sources.name)
