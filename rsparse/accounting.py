@@ -147,7 +147,8 @@ def square_split(m: int, n: int, sparsity: float, rho: float) -> tuple[float, fl
     if read > 1:
         raise ValueError(f"sparsity {sparsity}, rho {float(rho)}: budgeted as square, a linear of shape ({m}, {n}) "
                          f"reads {float(read):.2f} times its dense bytes; expected at most 1")
-    return _down(1 - read), _down(rho / (rho + low_rank))
+    sparsity = max(_down(1 - read), 1e-12)  # 0 would be the dense linear, not one that reads as much in two paths
+    return sparsity, _down(rho / (rho + low_rank))
 
 
 def _down(value: Fraction) -> float:

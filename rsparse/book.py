@@ -26,8 +26,9 @@ README_MARKS = ("<!-- runs:begin -->", "<!-- runs:end -->")
 PROJECTED = """## Projected, not run
 
 What the batches on an RTX A6000 are projected to take, from rehearsals at full shape with random weights, a few samples
-and the GPU's memory capped at 44 GiB. Hours are computed; the peak memory was measured in the rehearsal. Low-rank
-factors come on top once per model, as `python -m rsparse run` says before it starts."""
+and the GPU's memory capped at 44 GiB. Hours are computed; the peak memory was measured in the rehearsal. Take the hours
+as upper bounds: tasks are projected from rows of a dozen tokens, at which a GPU waits for its CPU, and two rehearsals
+shared each GPU. Low-rank factors come on top once per model, as `python -m rsparse run` says before it starts."""
 
 
 def publish(
@@ -258,7 +259,7 @@ def _projections(checkout: Checkout) -> str:
         for exhibit, cost in found["whole"]["notebooks"].items():
             hours = [f"{part[exhibit]['seconds'] / 3600:.1f}" if exhibit in part else "–"
                      for part in (found["whole"]["notebooks"], night)]  # fmt: skip
-            rows.append([path.parent.name, exhibit, *hours, gibibytes(cost), found["source"]["device"]])
+            rows.append([path.parent.name, exhibit, *hours, gibibytes(cost), cost["device"]])
     if not rows:
         return ""
     header = ["Preset", "Exhibit", "Hours, whole", "Hours, overnight", "Peak memory", "Rehearsed on"]

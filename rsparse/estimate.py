@@ -9,6 +9,7 @@ lm-eval's own part) is taken as it was.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,49 +50,63 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
     if has_overnight(preset, checkout):
         variants["overnight"] = load(preset, checkout, overnight=True)
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in variants["whole"].parameters}
-    provenance = next(iter(rehearsed.values()))[0]
-    slower = _slower(provenance["device"])
     whole = variants["whole"]
-    found: dict[str, Any] = {name: _variant(one, whole, rehearsed, slower) for name, one in variants.items()}
-    assumed = {"slower": slower, "gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
-    about = {"rehearsal": rehearsal, "device": provenance["device"], "code": provenance["code"]}
-    found["source"] = about | assumed
+    found: dict[str, Any] = {name: _variant(one, whole, rehearsed) for name, one in variants.items()}
+    assumed = {"gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
+    codes = dict.fromkeys(provenance["code"] for provenance, _ in rehearsed.values())
+    found["source"] = {"rehearsal": rehearsal, "code": list(codes)} | assumed
     target = checkout.results / preset / "estimate.json"
     write_json(target, found)
     return target
 
 
 def _rehearsed(folder: Path, exhibit: str, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Provenance and costs of one rehearsed notebook; a cost's "from" names the notebook that it was paid in."""
+    """Provenance of one rehearsed notebook, with how much slower the target is and the time outside measurements;
+    and its costs, each with its method and, as "from", the notebook that it was paid in."""
     path = folder / exhibit / f"{exhibit}.json"
     if not path.exists():
         raise ValueError(f"{exhibit} of {preset} was not rehearsed: {path.parent} holds no finished table")
     provenance = json.loads(path.read_text(encoding="utf-8"))
     groups = read_journal(path.with_suffix(".jsonl")).values()
-    costs = [cost | {"from": group.get("from", exhibit)} for group in groups for cost in group["costs"]]
+    costs = [
+        cost | {"from": group.get("from", exhibit), "method": next(iter(group.get("rows", ())), {}).get("method")}
+        for group in groups
+        for cost in group["costs"]
+    ]
     own = sum(cost["seconds"] for cost in costs if cost["from"] == exhibit)
     if own > provenance["seconds"] + 1:
         raise ValueError(f"{exhibit} was rehearsed in several attempts; run the rehearsal again with --fresh")
-    return provenance | {"rest": max(provenance["seconds"] - own, 0.0)}, costs
+    slower = _slower(provenance["device"]) if costs else 1.0
+    return provenance | {"rest": max(provenance["seconds"] - own, 0.0), "slower": slower}, costs
 
 
-def _variant(
-    preset: Preset, whole: Preset, rehearsed: Mapping[str, tuple[dict, list[dict]]], slower: float
-) -> dict[str, Any]:
+def _variant(preset: Preset, whole: Preset, rehearsed: Mapping[str, tuple[dict, list[dict]]]) -> dict[str, Any]:
     """The projection of a preset or of its overnight subset; a measurement that two notebooks share is paid once."""
-    notebooks, factors = {}, {}
+    notebooks: dict[str, Any] = {}
     for exhibit, parameters in preset.parameters.items():
         provenance, costs = rehearsed[exhibit]
         paid = [x for x in costs if x["from"] == exhibit or x["from"] not in preset.parameters]
         left_out = set(whole.parameters[exhibit].get("sparsities", ())) - set(parameters.get("sparsities", ()))
         needed = [x for x in paid if x.get("sparsity") not in left_out]
-        seconds = provenance["rest"] + _scaled(needed, parameters, slower)
-        memory = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory")}
-        notebooks[exhibit] = {"seconds": round(seconds), **memory}
-    for _, costs in rehearsed.values():
-        stored = (x for x in costs if x["what"] == "factors of calibrate")
-        factors |= {(x["from"], x["m"], x["n"], x["seconds"]): decomposition_seconds(x, slower) for x in stored}
-    return {"notebooks": notebooks, "factors": {"seconds": round(sum(factors.values()))}}
+        seconds = provenance["rest"] + _scaled(needed, parameters, provenance["slower"])
+        measured = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory", "device")}
+        notebooks[exhibit] = {"seconds": round(seconds), **measured}
+    return {"notebooks": notebooks, "factors": {"seconds": round(_factors(rehearsed.values()))}}
+
+
+def _factors(rehearsed: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> float:
+    """Seconds of the decompositions that are kept: a method's n-th of one shape is the same in every notebook, though
+    notebooks that were rehearsed on different machines have each computed it."""
+    once: dict[tuple, float] = {}
+    for provenance, costs in rehearsed:
+        met: Counter[tuple] = Counter()
+        for cost in costs:
+            if cost["what"] == "factors of calibrate":
+                which = cost["method"], cost["m"], cost["n"]
+                met[which] += 1
+                seconds = decomposition_seconds(cost, provenance["slower"])
+                once[*which, met[which]] = max(seconds, once.get((*which, met[which]), 0.0))
+    return sum(once.values())
 
 
 def _scaled(costs: Iterable[Mapping[str, Any]], parameters: Mapping[str, Any], slower: float) -> float:

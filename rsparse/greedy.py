@@ -44,7 +44,7 @@ def sparsities(calibration: Calibration, linears: Sequence[DecoderLinear], spars
     sparsity, and a larger one goes on from there. ValueError unless the model is dense.
     """
     kinds = "-".join(dict.fromkeys(x.kind for x in linears))
-    path = cache_folder() / "greedy" / f"{calibration.key}-{kinds}-v{VERSION}.json"
+    path = cache_folder() / "greedy" / f"{calibration.key}-{kinds}-{STEP:g}-{TOKENS}-v{VERSION}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if kept.get("sparsity", -1.0) < sparsity:
         kept = {"sparsity": sparsity, "steps": search(calibration, linears, sparsity, kept.get("steps", {}))}

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 from torch import nn
 
 from rsparse.accounting import check_rho, check_sparsity, square_split
@@ -124,6 +123,8 @@ class Recipe:
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe; ValueError says which part of the file does not fit the format."""
+        import jsonschema  # slow to import, and most notebooks read no recipe
+
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             jsonschema.validate(raw, SCHEMA)

@@ -89,7 +89,26 @@ def test_every_part_scales_with_what_it_depends_on(rehearsed):
     assert whole["table-3"] == round(98 + SLOWER * (1.5 * 16 + 0.5)), "shared measurements are paid once"
     assert found["whole"]["factors"]["seconds"] == found["overnight"]["factors"]["seconds"] == round(SLOWER * 50)
     assert found["whole"]["notebooks"]["figure-5"]["gpu_peak_memory"] == 5
+    assert found["whole"]["notebooks"]["figure-5"]["device"] == "NVIDIA H100"
     assert found["source"]["rehearsal"] == "rehearsal-llama-2-7b" and found["source"]["gpus"] == GPUS
+
+
+def test_factors_that_two_notebooks_computed_on_different_machines_are_paid_once(rehearsed):
+    folder = rehearsed.run_folder("rehearsal-llama-2-7b") / "results"
+
+    def journal(exhibit: str, *groups: tuple[str, list[float]]) -> None:
+        lines = [
+            {"key": f"{method} {exhibit}", "rows": [{"method": method}],
+             "costs": [cost("factors of calibrate", seconds, m=4096, n=4096) for seconds in times]}
+            for method, times in groups
+        ]  # fmt: skip
+        (folder / exhibit / f"{exhibit}.jsonl").write_text("\n".join(map(json.dumps, [{"about": {}}, *lines])) + "\n")
+
+    journal("figure-5", ("r-sparse", [5.0, 6.0]))
+    journal("scope", ("r-sparse", [7.0]), ("low-rank", [4.0]))
+    journal("table-3")
+    found = json.loads(project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed).read_text())
+    assert found["whole"]["factors"]["seconds"] == round(SLOWER * (7 + 6 + 4))
 
 
 def test_the_overnight_subset_pays_for_its_own_settings(rehearsed):

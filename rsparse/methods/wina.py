@@ -9,7 +9,9 @@ divide the budget between linears by TEAL's greedy search for Llama-2; ours is u
 norms are one number per channel). "wina-rotated" has the paper's transform, which makes the columns of k and of gate
 orthogonal: the inputs of q, k, v and of gate, up are rotated to the right singular vectors of k and of gate. The paper
 does not count the rotation. Here it counts: two n x n matrices a block, 16.6% of Llama-2-7B's bytes and 15.4% of
-Llama-3-8B's, so that at the same bytes fewer channels are read; `nominal` is the sparsity without them.
+Llama-3-8B's, so that at the same bytes fewer channels are read; `nominal` is the sparsity without them. Where k has
+fewer outputs than inputs (grouped-query attention), its singular vectors leave a part of the basis open, in which q and
+v choose too: the eigensolver decides there, and another device may decide otherwise.
 """
 
 from __future__ import annotations
