@@ -1,4 +1,4 @@
-"""The commands: `python -m rsparse run | publish | estimate | build` (each has --help)."""
+"""The commands: `python -m rsparse run | publish | estimate | search | search-cost | build` (each has --help)."""
 
 from __future__ import annotations
 
@@ -63,6 +63,29 @@ def _estimate(options: argparse.Namespace, checkout: Checkout) -> int:
     return 0
 
 
+def _search(options: argparse.Namespace, checkout: Checkout) -> int:
+    from rsparse import search_command
+
+    plan = {name: value for name in search_command.OPTIONS if (value := getattr(options, name)) is not None}
+    for line in search_command.run(options.preset, options.sparsity, options.out, options.searcher, plan,
+                                   options.fresh, checkout):  # fmt: skip
+        print(line)
+    return 0
+
+
+def _search_cost(options: argparse.Namespace, checkout: Checkout) -> int:
+    from rsparse import search_cost
+
+    size = options.groups, options.samples, options.length, options.repeats
+    found = search_cost.measure(options.shape, options.sparsity, *size, options.dtype, options.device)
+    search_cost.save(found, options.json)
+    share, bound, groups = found["mean_share"], found["bound"], found["groups"]
+    print(f"a candidate costs {share:.3f} of a full pass of {found['full_pass_s']:.2f} s on average; (G + 1) / (2 G) "
+          f"is {bound:.3f} for {groups} groups. {found['evaluations']} candidates per group take "
+          f"{found['hours_per_group']:.2f} h, in total {found['hours_in_total']:.2f} h")  # fmt: skip
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rsparse", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -86,6 +109,33 @@ def _parser() -> argparse.ArgumentParser:
     project.add_argument("--rehearsal", required=True, help="the rehearsed preset, e.g. rehearsal-llama-2-7b")
     project.add_argument("--run", type=Path, help="its run folder (default: _runs/REHEARSAL in the checkout)")
     project.set_defaults(command=_estimate)
+
+    search = commands.add_parser("search", help="search a recipe for a preset's model; a killed search resumes")
+    search.add_argument("--preset", required=True, help="whose checkpoint, texts and search settings (of table-4)")
+    search.add_argument("--sparsity", type=float, required=True, help="model-level, e.g. 0.5")
+    search.add_argument("--out", type=Path, required=True, help="the recipe, a JSON file; evaluations lie beside it")
+    search.add_argument("--searcher", default="evolution",
+                        help="evolution (default), random, coordinate, moving, uniform or greedy")  # fmt: skip
+    search.add_argument("--start", type=float, help="uniform rho to begin with (default: the best of the grid)")
+    search.add_argument("--score", help="magnitude (default) or column-norm")
+    for name in ("seed", "groups", "population", "generations", "samples", "length"):
+        search.add_argument(f"--{name}", type=int, help="default: the preset's")
+    for name in ("step", "mutation", "crossover"):
+        search.add_argument(f"--{name}", type=float, help="default: the preset's")
+    for name in ("initial", "form"):
+        search.add_argument(f"--{name}", help="default: the preset's")
+    search.add_argument("--fresh", action="store_true", help="forget the evaluations of an earlier attempt")
+    search.set_defaults(command=_search)
+
+    cost = commands.add_parser("search-cost", help="time a search at the size of a real model, random weights")
+    cost.add_argument("--shape", required=True, help="e.g. llama-2-7b")
+    cost.add_argument("--json", type=Path, required=True, help="where the figures go")
+    for name, default in (("groups", 8), ("samples", 16), ("length", 2048), ("repeats", 5)):
+        cost.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    cost.add_argument("--sparsity", type=float, default=0.5, help="default: 0.5")
+    cost.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+    cost.add_argument("--device", default="cuda", help="default: cuda")
+    cost.set_defaults(command=_search_cost)
 
     build = commands.add_parser("build", help="build the book from the published presets and one run")
     build.add_argument("--run", type=Path, help="a run folder that replaces what is published of its preset")

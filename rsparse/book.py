@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ PROJECTED = """## Projected, not run
 What the batches on an RTX A6000 are projected to take, from rehearsals at full shape with random weights, a few samples
 and the GPU's memory capped at 44 GiB. Hours are computed; the peak memory was measured in the rehearsal. Take the hours
 as upper bounds: tasks are projected from rows of a dozen tokens, at which a GPU waits for its CPU, and two rehearsals
-shared each GPU. Low-rank factors come on top once per model, as `python -m rsparse run` says before it starts."""
+shared each GPU. Low-rank factors come on top once per model, as `python -m rsparse run` says before it starts. A dash:
+the overnight batch leaves the exhibit out."""
 
 
 def publish(
@@ -256,14 +258,20 @@ def _projections(checkout: Checkout) -> str:
     for path in sorted(checkout.results.glob("*/estimate.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         night = found.get("overnight", {}).get("notebooks", {})
+        batches = found["whole"]["notebooks"], night
         for exhibit, cost in found["whole"]["notebooks"].items():
-            hours = [f"{part[exhibit]['seconds'] / 3600:.1f}" if exhibit in part else "–"
-                     for part in (found["whole"]["notebooks"], night)]  # fmt: skip
+            hours = [_hours([part[exhibit]]) if exhibit in part else "–" for part in batches]
             rows.append([path.parent.name, exhibit, *hours, gibibytes(cost), cost["device"]])
+        together = [_hours(part.values()) if part else "–" for part in batches]
+        rows.append([path.parent.name, "*together*", *together, "", ""])
     if not rows:
         return ""
     header = ["Preset", "Exhibit", "Hours, whole", "Hours, overnight", "Peak memory", "Rehearsed on"]
     return f"{PROJECTED}\n\n{pages.table(header, rows)}"
+
+
+def _hours(costs: Iterable[dict[str, Any]]) -> str:
+    return f"{sum(cost['seconds'] for cost in costs) / 3600:.1f}"
 
 
 def _write_readme(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 from rsparse.files import write_json
 from rsparse.greedy import TOKENS as SEARCHED
 from rsparse.paths import HERE, Checkout
-from rsparse.presets import Preset, has_overnight, load
+from rsparse.presets import Preset, exhibits_in, has_overnight, load, parameters_of
 from rsparse.results import read_journal
 
 GPUS = {  # vendors' data sheets: dense bfloat16 and float64 TFLOP/s, memory TB/s
@@ -37,6 +37,9 @@ TEAL_ROWS = {  # the same with TEAL's examples before each question; a token tha
     "piqa": (1838, 2, 45), "winogrande": (1267, 2, 170),
 }  # fmt: skip
 
+KEPT = ("factors of calibrate", "factors of search")
+"""Kinds of work that are done once for a model and kept."""
+
 
 def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Checkout = HERE) -> Path:
     """Write data/results/<preset>/estimate.json from a finished run of the preset `rehearsal`.
@@ -51,7 +54,8 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
         variants["overnight"] = load(preset, checkout, overnight=True)
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in variants["whole"].parameters}
     whole = variants["whole"]
-    found: dict[str, Any] = {name: _variant(one, whole, rehearsed) for name, one in variants.items()}
+    defaults = {exhibit: parameters_of(path) for exhibit, path in exhibits_in(checkout.notebooks).items()}
+    found: dict[str, Any] = {name: _variant(one, whole, defaults, rehearsed) for name, one in variants.items()}
     assumed = {"gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
     codes = dict.fromkeys(provenance["code"] for provenance, _ in rehearsed.values())
     found["source"] = {"rehearsal": rehearsal, "code": list(codes)} | assumed
@@ -76,22 +80,31 @@ def _rehearsed(folder: Path, exhibit: str, preset: str) -> tuple[dict[str, Any],
     own = sum(cost["seconds"] for cost in costs if cost["from"] == exhibit)
     if own > provenance["seconds"] + 1:
         raise ValueError(f"{exhibit} was rehearsed in several attempts; run the rehearsal again with --fresh")
-    slower = _slower(provenance["device"]) if costs else 1.0
+    slower = slower_than(provenance["device"]) if costs else 1.0
     return provenance | {"rest": max(provenance["seconds"] - own, 0.0), "slower": slower}, costs
 
 
-def _variant(preset: Preset, whole: Preset, rehearsed: Mapping[str, tuple[dict, list[dict]]]) -> dict[str, Any]:
+def _variant(
+    preset: Preset, whole: Preset, defaults: Mapping[str, dict], rehearsed: Mapping[str, tuple[dict, list[dict]]]
+) -> dict[str, Any]:
     """The projection of a preset or of its overnight subset; a measurement that two notebooks share is paid once."""
     notebooks: dict[str, Any] = {}
     for exhibit, parameters in preset.parameters.items():
         provenance, costs = rehearsed[exhibit]
         paid = [x for x in costs if x["from"] == exhibit or x["from"] not in preset.parameters]
-        left_out = set(whole.parameters[exhibit].get("sparsities", ())) - set(parameters.get("sparsities", ()))
+        own, all_ = defaults[exhibit] | parameters, defaults[exhibit] | whole.parameters[exhibit]
+        left_out = _sparsities(all_) - _sparsities(own)
         needed = [x for x in paid if x.get("sparsity") not in left_out]
-        seconds = provenance["rest"] + _scaled(needed, parameters, provenance["slower"])
+        seconds = provenance["rest"] + _scaled(needed, own, provenance["slower"])
         measured = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory", "device")}
         notebooks[exhibit] = {"seconds": round(seconds), **measured}
     return {"notebooks": notebooks, "factors": {"seconds": round(_factors(rehearsed.values()))}}
+
+
+def _sparsities(parameters: Mapping[str, Any]) -> set[float]:
+    """Every budget that a notebook measures at; an operating point is a method and its budget."""
+    points = (float(point.split()[-1]) for point in parameters.get("operating_points", ()))
+    return {*parameters.get("sparsities", ()), *parameters.get("small_sparsities", ()), *points}
 
 
 def _factors(rehearsed: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> float:
@@ -101,8 +114,8 @@ def _factors(rehearsed: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -
     for provenance, costs in rehearsed:
         met: Counter[tuple] = Counter()
         for cost in costs:
-            if cost["what"] == "factors of calibrate":
-                which = cost["method"], cost["m"], cost["n"]
+            if cost["what"] in KEPT:  # of a search: of larger ranks
+                which = cost["what"], cost["method"], cost["m"], cost["n"]
                 met[which] += 1
                 seconds = decomposition_seconds(cost, provenance["slower"])
                 once[*which, met[which]] = max(seconds, once.get((*which, met[which]), 0.0))
@@ -116,7 +129,7 @@ def _scaled(costs: Iterable[Mapping[str, Any]], parameters: Mapping[str, Any], s
     for what, part in frame.groupby("what") if len(frame) else ():
         if what == "factors of maps":
             total += sum(decomposition_seconds(x, slower) for x in part.to_dict("records"))
-        elif what != "factors of calibrate":  # these are kept, and projected apart
+        elif what not in KEPT:  # these are kept, and projected apart
             fed = part[part["tokens"] > 0]
             per_token = (fed["seconds"] / fed["tokens"]).median() if len(fed) else 0.0
             total += slower * (len(fed) * per_token * tokens(what, parameters) if len(fed) else 0.0)
@@ -132,6 +145,8 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
         return min(parameters["samples"] * parameters["length"], SEARCHED)
     if what == "heldout":
         return parameters["windows"] * parameters["window"]
+    if what == "search":
+        return _search_passes(parameters) * parameters["search_samples"] * parameters["search_length"]
     if what == "summaries":
         return parameters["articles"] * parameters["summary_tokens"]
     suites = {"official": OFFICIAL_ROWS, "teal": TEAL_ROWS}
@@ -140,6 +155,13 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     limit = parameters["items"] or 10**9
     rows = suites[parameters["suite"]].values()
     return sum(min(items, limit) * options * length for items, options, length in rows)
+
+
+def _search_passes(parameters: Mapping[str, Any]) -> float:
+    """Full passes over the text that is searched, at most: of the uniform grid, two at every rho, and of a search,
+    whose candidates run half of the blocks on average. Either counts as both."""
+    uniform = 2 * (round(1 / parameters["step"]) + 1)
+    return uniform + parameters["population"] * parameters["generations"] * (parameters["groups"] + 1) / 2
 
 
 def decomposition_seconds(cost: Mapping[str, Any], slower: float) -> float:
@@ -153,7 +175,7 @@ def decomposition_seconds(cost: Mapping[str, Any], slower: float) -> float:
     return max(slower * cost["seconds"], 2 * operations / (GPUS[TARGET]["float64"] * 1e12))
 
 
-def _slower(device: str) -> float:
+def slower_than(device: str) -> float:
     """How much slower the target is than `device`: the larger of the ratios of arithmetic and of memory speed."""
     known = [name for name in GPUS if name in device]
     if not known:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -19,6 +20,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator
 
+from rsparse.exhibits.comparison_reading import NAMES
+from rsparse.exhibits.gains import DUST
 from rsparse.models import KINDS
 from rsparse.shapes import DENSITIES
 
@@ -41,8 +44,12 @@ LOOK = {  # method -> colour, marker, dashes; beyond the palette's eight, grey a
     "larosa": ("#7A3560", "*", (0, (2, 1))),
     "r-sparse": ("#D55E00", "o", "-"),
 }
-OUTLIER = 30
-"""Where the largest difference of a figure is so many times the median one, its axis is logarithmic beyond that."""
+VARIANTS = {"r-sparse (column-norm)": ("#8C3B00", "d", (0, (1, 1)))}
+"""Looks of what is a method's variant and no method."""
+SQUEEZED = 150
+"""Where the differences of a figure span so many times the narrowest reach of an interval, its axis is logarithmic."""
+PERCENT = ("acc", "acc_norm", "acc_or_norm", "rouge_l")
+"""Metrics that end at 0 and 100%."""
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
@@ -152,21 +159,24 @@ def quality(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str], by: st
 
     frame: tidy rows; dense rows stand at sparsity 0 of every line. measures: (task, metric) -> axis label.
     by: the column whose values are the lines, where it is not the method; a dense row's value has no say.
-    Points are means over seeds; bars are the standard error over items (of the first seed).
+    Points are means over seeds; bars are the standard error over items (of the first seed), and end where a
+    percentage does.
     """
     wide = len(measures) if len(measures) < 4 else 2
     figure, axes = panels(-(-len(measures) // wide), wide, 3.6, 3.1)
     looks = _looks(frame.loc[frame["method"] != "dense", by], by)
     for axis, ((task, metric), label) in zip(axes.flat, measures.items(), strict=False):
         part = frame[(frame["task"] == task) & (frame["metric"] == metric)]
-        scale = 100 if metric in ("acc", "acc_norm", "acc_or_norm") else 1
+        scale = 100 if metric in PERCENT[:3] else 1
         dense = part["method"] == "dense"
         for name, (colour, marker, dash) in looks.items():
             line = part[dense | (part[by] == name)].groupby("sparsity")
-            value, stderr = scale * line["value"].mean(), scale * line["stderr"].first()
+            value, reach = scale * line["value"].mean(), scale * line["stderr"].first()
+            if metric in PERCENT:
+                reach = [np.minimum(reach, value), np.minimum(reach, 100 - value)]
             look = dict(color=colour, marker=marker, linestyle=dash, capsize=2)
-            axis.errorbar(100 * value.index, value, stderr, label=name, **look)
-        axis.set(xlabel="model-level sparsity (%)", ylabel=label)
+            axis.errorbar(100 * value.index, value, reach, label=NAMES.get(name, name), **look)
+        axis.set(xlabel="model-level sparsity (%)", ylabel=_folded(label))
         if metric == "perplexity":
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(LogFormatter())
@@ -174,17 +184,55 @@ def quality(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str], by: st
     for axis in axes.flat[len(measures) :]:
         axis.axis("off")
     if looks:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(looks)))
+        _legend_below(figure, axes[0, 0], "bars: one standard error")
     return figure
+
+
+def _folded(label: str, most: int = 34) -> str:
+    """An axis label in lines that a panel is long enough for; the unit on a line of its own."""
+    parts = [label] if len(label) <= most else label.replace(" (", "\n(").split("\n")
+    return "\n".join(textwrap.fill(part, most) for part in parts)
+
+
+def _legend_below(figure: Figure, axis: Axes, title: str) -> None:
+    """What the lines of `axis` are, and in the title what its bars are."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), title=title)
 
 
 def _looks(lines: pd.Series, by: str) -> dict[str, tuple]:
     """Colour, marker and dashes of every line: a method's own, else in order of appearance."""
     names = list(dict.fromkeys(lines))
     if by == "method":
-        return {name: look for name, look in LOOK.items() if name in names}
+        return {name: look for name, look in (LOOK | VARIANTS).items() if name in names}
     looks = zip(CYCLE, MARKERS, (*DASHES, *DASHES), strict=False)
     return dict(zip(names, looks, strict=False))
+
+
+@styled
+def added(frame: pd.DataFrame) -> Figure:
+    """What every method adds to the dense model over model-level sparsity: a panel per measure, a line per method.
+
+    frame: columns panel (the label of its axis), method, sparsity, value, low, high (95% intervals), in order. The
+    axes are logarithmic on either side of zero: what methods add differs by orders of magnitude.
+    """
+    titles = list(dict.fromkeys(frame["panel"]))
+    figure, axes = panels(1, max(1, len(titles)), 5.2, 4.4)
+    looks = _looks(frame["method"], "method")
+    for axis, title in zip(axes[0], titles, strict=False):
+        part = frame[frame["panel"] == title]
+        for place, (name, (colour, marker, dash)) in enumerate(looks.items()):
+            line = part[part["method"] == name].sort_values("sparsity")
+            aside = 0.15 * (place - (len(looks) - 1) / 2)  # else the bars of one budget hide one another
+            look = dict(color=colour, marker=marker, linestyle=dash, capsize=2, markersize=5, elinewidth=0.8)
+            reach = [line["value"] - line["low"], line["high"] - line["value"]]
+            axis.errorbar(100 * line["sparsity"] + aside, line["value"], reach, label=NAMES.get(name, name), **look)
+        axis.axhline(0, color="black", linewidth=1, linestyle=":")
+        axis.set(xlabel="model-level sparsity (%)", ylabel=_folded(title, 40))
+        _logarithmic(axis, "y", part)
+    if looks:
+        _legend_below(figure, axes[0, 0], "bars: 95% intervals of the paired difference")
+    return figure
 
 
 @styled
@@ -232,6 +280,7 @@ def difference_panels(frame: pd.DataFrame) -> Figure:
     names, titles = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["panel"]))
     columns = max(1, len(titles))
     figure, axes = panels(1, columns, min(6.4, 10.4 / columns), 0.8 + 0.32 * len(names), sharey=True)
+    figure.get_layout_engine().set(wspace=0.05)  # else the numbers of two axes touch
     for axis, title in zip(axes[0], titles, strict=False):
         part = frame[frame["panel"] == title].set_index("label").reindex(names)
         _draw_differences(axis, part, title.replace(" (", "\n("), names)
@@ -248,14 +297,67 @@ def _draw_differences(axis: Axes, frame: pd.DataFrame, label: str, names: Sequen
                       markerfacecolor=fill, capsize=2)  # fmt: skip
     axis.axvline(0, color="black", linewidth=1, linestyle=":")
     axis.set(yticks=y, yticklabels=list(names), xlabel=label, ylim=(-0.7, len(frame) - 0.3))
-    sizes = frame["value"].abs()
-    if sizes.max() > OUTLIER * sizes.median() > 0:  # one far away would squeeze the others into a point
-        axis.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(sizes.median())))
-        axis.set_xlabel(f"{label}, symmetric log scale")
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter("{x:g}")
+    if _squeezed(frame):
+        _logarithmic(axis, "x", frame)
+        axis.set_xlabel(f"{label},\nlogarithmic on either side of zero")
     else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(MaxNLocator(_labels(axis)))
+
+
+def _labels(axis: Axes) -> int:
+    """How many numbers an axis has room for beside how many others."""
+    return {1: 6, 2: 5}.get(len(axis.figure.axes), 4)
+
+
+def _reach(frame: pd.DataFrame) -> float:
+    """Half the width of the narrowest interval that has one; NaN where there is none."""
+    reach = (frame["high"] - frame["low"]) / 2
+    return reach[reach > DUST].min()
+
+
+def _squeezed(frame: pd.DataFrame) -> bool:
+    """Whether one difference far away would make a point of another's interval."""
+    return _span(frame)[1] - _span(frame)[0] > SQUEEZED * _reach(frame)
+
+
+def _span(frame: pd.DataFrame) -> tuple[float, float]:
+    """The lowest and the highest place that is drawn, zero included."""
+    ends = frame[["value", "low", "high"]]
+    return min(0.0, ends.min().min()), max(0.0, ends.max().max())  # zero first: NaN, of no rows, is then not taken
+
+
+def _logarithmic(axis: Axes, name: str, frame: pd.DataFrame) -> None:
+    """Make the axis x or y logarithmic on either side of zero, linear only where the narrowest interval would be.
+
+    Left linear where nothing is drawn far beyond that.
+    """
+    low, high = _span(frame)
+    reach = _reach(frame)
+    if not high - low > 10 * reach > 0:
+        return
+    linear = 10.0 ** np.round(np.log10(reach))
+    getattr(axis, f"set_{name}scale")("symlog", linthresh=linear)
+    one = getattr(axis, f"{name}axis")
+    scale = one.get_transform()
+    ends = scale.transform([low, high])
+    pad = 0.06 * (ends[1] - ends[0])  # so that no marker is cut
+    getattr(axis, f"set_{name}lim")(*scale.inverted().transform(ends + np.array([-pad, pad])))
+    one.set_ticks(_decades(linear, low, high, _labels(axis) if name == "x" else 9))
+    one.set_minor_locator(NullLocator())
+    one.set_major_formatter("{x:g}")
+
+
+def _decades(linear: float, low: float, high: float, most: int) -> list[float]:
+    """Zero, and powers of ten from `linear` on as far as the ends on either side; fewer of them if they are many."""
+    first = round(np.log10(linear))
+
+    def powers(end: float) -> range:
+        return range(first, int(np.floor(np.log10(end) + 1e-9)) + 1) if end >= linear else range(0)
+
+    above, below = powers(high), powers(-low)
+    step = max(1, -(-(len(above) + len(below)) // most))
+    kept = range(max([first, *above, *below]), first - 1, -step)
+    return [*(-(10.0**e) for e in reversed(below) if e in kept), 0.0, *(10.0**e for e in above if e in kept)]
 
 
 @styled
@@ -264,18 +366,88 @@ def allocation(frame: pd.DataFrame) -> Figure:
 
     frame: columns sparsity, layer, linear, value (the linear's sparsity, 0..1).
     """
-    budgets = sorted(frame["sparsity"].unique())
-    figure, axes = panels(1, len(budgets), 2.1, 2.9, sharey=True)
-    for axis, sparsity in zip(axes[0], budgets, strict=True):
-        wide = frame[frame["sparsity"] == sparsity].pivot_table(index="layer", columns="linear", values="value")
+    shown = frame.sort_values("sparsity", kind="stable")
+    shown = shown.assign(panel=[f"sparsity {s:.0%}" for s in shown["sparsity"]], value=100 * shown["value"])
+    return _by_linear(shown, 100, "sparsity of the linear (%)")
+
+
+@styled
+def rho_map(frame: pd.DataFrame) -> Figure:
+    """What rho every linear has: heat maps of layer x kind, one panel per recipe.
+
+    frame: columns panel (its title), layer, linear, value (rho); panels in order of appearance.
+    """
+    return _by_linear(frame, 1, "rho (share of the sparse path)")
+
+
+def _by_linear(frame: pd.DataFrame, most: float, label: str) -> Figure:
+    """Heat maps of values from 0 to `most`; a linear without one is left white."""
+    titles = list(dict.fromkeys(frame["panel"]))
+    figure, axes = panels(1, len(titles), 2.1, 2.9, sharey=frame["layer"].groupby(frame["panel"]).max().nunique() == 1)
+    for axis, title in zip(axes[0], titles, strict=True):
+        wide = frame[frame["panel"] == title].pivot_table(index="layer", columns="linear", values="value")
         wide = wide[[kind for kind in KINDS if kind in wide]]
-        image = axis.imshow(100 * wide, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=100)
-        axis.set(title=f"sparsity {sparsity:.0%}", xticks=range(len(wide.columns)), xticklabels=wide.columns)
+        image = axis.imshow(wide, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=most)
+        axis.set(title=title, xticks=range(len(wide.columns)), xticklabels=wide.columns)
         axis.tick_params(axis="x", rotation=90)
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.grid(False)
     axes[0, 0].set(ylabel="layer")
-    axes[0, 0].yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01, aspect=30, label="sparsity of the linear (%)")
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01, aspect=30, label=label)
+    return figure
+
+
+@styled
+def convergence(frame: pd.DataFrame) -> Figure:
+    """What searches have gained against the evaluations spent: a panel per budget, a line per searcher and seed.
+
+    frame: columns sparsity, searcher, seed, group, evaluations, gain (nats per token). Dotted: where the search of
+    evolution goes on to the next group.
+    """
+    budgets = sorted(frame["sparsity"].unique())
+    figure, axes = panels(1, len(budgets), 4.0, 3.2)
+    looks = _looks(frame["searcher"], "searcher")
+    for axis, sparsity in zip(axes[0], budgets, strict=True):
+        part = frame[frame["sparsity"] == sparsity]
+        for (searcher, _), line in part.groupby(["searcher", "seed"], sort=False):
+            colour, _, dash = looks[searcher]
+            known = searcher in axis.get_legend_handles_labels()[1]
+            axis.plot(line["evaluations"], line["gain"], color=colour, linestyle=dash, alpha=0.9,
+                      label=None if known else searcher)  # fmt: skip
+        first = next(x for _, x in part.groupby(["searcher", "seed"], sort=False))
+        for _, group in list(first.groupby("group"))[1:]:
+            axis.axvline(group["evaluations"].iloc[0], color="#999999", linewidth=0.8, linestyle=":")
+        axis.set(title=f"sparsity {sparsity:.0%}", xlabel="candidates evaluated")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("gain found so far\n(nats per token of the searched text)")
+    _legend_below(figure, axes[0, 0], "a line per seed; dotted: the next group begins")
+    return figure
+
+
+@styled
+def recovery(frame: pd.DataFrame, enough: float) -> Figure:
+    """Shares of planted and of null linears, in percent, against the size of the groups that are searched.
+
+    frame: columns searcher, group_size, metric (recovered_share or false_share), value, low, high, as shares.
+    enough: the share from which on a search counts as able to find what is there; a dashed line.
+    """
+    titles = {"recovered_share": "planted rho found (%)", "false_share": "rho below 1 where nothing\nis planted (%)"}
+    figure, axes = panels(1, 2, 4.0, 3.2, sharey=True)
+    looks = _looks(frame["searcher"], "searcher")
+    sizes = sorted(frame["group_size"].unique())
+    for axis, (metric, title) in zip(axes[0], titles.items(), strict=True):
+        for place, (searcher, (colour, marker, dash)) in enumerate(looks.items()):
+            line = frame[(frame["searcher"] == searcher) & (frame["metric"] == metric)].sort_values("group_size")
+            reach = 100 * np.vstack([line["value"] - line["low"], line["high"] - line["value"]]).clip(min=0)
+            aside = 1.04 ** (place - (len(looks) - 1) / 2)  # else the bars of one size hide one another
+            axis.errorbar(aside * line["group_size"], 100 * line["value"], reach, color=colour, marker=marker,
+                          linestyle=dash, capsize=2, label=searcher)  # fmt: skip
+        axis.set_xscale("log")
+        axis.set(xlabel="linears searched together", ylabel=title, ylim=(-4, 104))
+        axis.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axes[0, 0].axhline(100 * enough, color="black", linewidth=1, linestyle="--")
+    _legend_below(figure, axes[0, 0], f"bars: 95% intervals; dashed line: {enough:.0%}")
     return figure
 
 

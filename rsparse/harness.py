@@ -106,21 +106,25 @@ class SparseLM(HFLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """What the model writes after every request, greedily, until one of the task's stop strings.
 
+        A rule by name stands for "decode": the prompt is dense. One that counts positions applies to the prompt.
         lm-eval cuts a prompt on the left where it and the longest answer would outgrow the model's positions.
         """
         started = time.monotonic()
-        with tokens_as(self.model, "decode"):
+        rule = getattr(protocol_of(self.model), "tokens", "decode")
+        with tokens_as(self.model, "decode" if isinstance(rule, str) else rule):
             found = super().generate_until(requests, disable_tqdm)
         self.seconds += time.monotonic() - started
         return found
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options) -> Tensor:
         """lm-eval's, counted: after a dense prompt, the first token of an answer is as the dense model's."""
-        output = super()._model_generate(context, max_length, stop, **options)
-        written = (output[:, context.shape[1] :] != self.tokenizer.pad_token_id).sum(1).clamp_min(1)
-        self.fed += int(options["attention_mask"].sum() + written.sum())
-        self.scored += int(written.sum())
-        self.influenced += int((written - 1).sum()) if protocol_of(self.model) else 0
+        output, protocol = super()._model_generate(context, max_length, stop, **options), protocol_of(self.model)
+        written = int((output[:, context.shape[1] :] != self.tokenizer.pad_token_id).sum(1).clamp_min(1).sum())
+        prompts = options["attention_mask"].sum(1).tolist()
+        self.fed += sum(prompts) + written
+        self.scored += written
+        if protocol:
+            self.influenced += written - sum(protocol.first_sparse(n, n) >= n for n in prompts)
         return output
 
     def _score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:

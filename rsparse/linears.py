@@ -58,7 +58,7 @@ class Masked(nn.Module):
         sparse = self.protocol.on(z.device)
         keep = self.keep(z)
         if self.tally is not None:
-            self.tally.add(keep if sparse is None else keep[sparse])
+            self.tally.add(keep, sparse)
         if sparse is not None:
             keep = keep | ~sparse[..., None]
         return z * keep  # several times faster on a CPU than `where`; a dropped inf becomes NaN, and surfaces
@@ -134,24 +134,26 @@ class KeptTally:
     """Kept channels per token of one linear, streamed: count, mean and spread over tokens."""
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self.total = self.squares = 0.0
+        self._sums: Tensor | None = None  # tokens, kept, kept squared; stays on the device, so that no pass waits
 
-    def add(self, keep: Tensor) -> None:
-        """Count a mask (..., n), one row a token."""
-        kept = keep.sum(-1).cpu().double()
-        if kept.numel():
-            self.tokens += kept.numel()
-            self.total += float(kept.sum())
-            self.squares += float(kept.square().sum())
+    def add(self, keep: Tensor, counted: Tensor | None = None) -> None:
+        """Count the tokens of a mask (..., n), or those of them that are `counted` (...)."""
+        kept = keep.sum(-1)
+        ones = torch.ones_like(kept) if counted is None else counted.to(kept.dtype)
+        found = torch.stack([ones.sum(), (kept * ones).sum(), (kept.square() * ones).sum()])
+        self._sums = found if self._sums is None else self._sums + found
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self._sums is None else int(self._sums[0])
 
     @property
     def mean(self) -> float:
-        return self.total / self.tokens if self.tokens else math.nan
+        return int(self._sums[1]) / self.tokens if self.tokens else math.nan
 
     @property
     def spread(self) -> float:
         """Standard deviation over tokens."""
         if not self.tokens:
             return math.nan
-        return math.sqrt(max(self.squares / self.tokens - self.mean**2, 0.0))
+        return math.sqrt(max(int(self._sums[2]) / self.tokens - self.mean**2, 0.0))

@@ -20,6 +20,7 @@ from rsparse.execution import INJECTED
 
 PICTURES = {"image/png": "png", "image/svg+xml": "svg"}
 ACTIVE_HTML = re.compile(r"<script|<iframe|<link|\bsrc\s*=\s*[\"']?\s*(?:https?:)?//", re.IGNORECASE)
+VERDICTS = "What it says of the papers' claims stands on the [scorecard](../scorecard.md)."
 CAPTION = re.compile(r"<caption>(.*?)</caption>\n?", re.DOTALL)
 
 
@@ -105,9 +106,9 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _runs_table(source_name: str, source: NotebookNode, runs: list[Executed]) -> str:
-    notebook = f"Source: {{download}}`notebooks/{source_name} <../../notebooks/{source_name}>`"
+    notebook = f"Source: {{download}}`notebooks/{source_name} <../../notebooks/{source_name}>`. {VERDICTS}"
     if not runs:
-        return f"{notebook}. No run of this notebook has been published yet."
+        return f"{notebook} No run of this notebook has been published yet."
     rows = []
     for run in runs:
         version = "as shown" if source_hash(run.notebook) == source_hash(source) else "an earlier version"

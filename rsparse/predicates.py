@@ -39,8 +39,9 @@ Node = Any  # an expression or a predicate, as it stands in YAML
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "fails", "undecided", "missing"
 MEASURED = frozenset(
-    "preset model planned realised nominal influenced seed value stderr low high n confidence realised_spread "
-    "realised_worst rank ranks kept seconds bytes wall_s memory chance items".split()
+    "preset model planned realised realised_here nominal influenced seed value stderr low high n confidence "
+    "realised_spread realised_worst rank ranks kept seconds bytes wall_s memory chance items evaluations "
+    "full_passes".split()
 )
 
 
@@ -152,6 +153,7 @@ def select(node: Node, context: Context) -> pd.DataFrame:
     free = {*node.get("over", ()), *(k for k, v in node["rows"].items() if isinstance(v, list))}
     frame = _preferred(frame, context.prefer, str(wanted.get("metric", "")), free)
     _complete(frame, wanted)
+    frame = _over_seeds(frame)
     mixed = [c for c in frame.columns if c not in MEASURED | free and text(frame[c]).nunique() > 1]
     if mixed:
         raise Ambiguous(f"rows differ in {', '.join(mixed)}")
@@ -203,6 +205,18 @@ def _preferred(frame: pd.DataFrame, prefer: Mapping[str, Mapping[str, list[Any]]
     return frame
 
 
+def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without the rows of single seeds where the mean over them, whose seed is such as "0/1/2", has a row itself."""
+    if "seed" not in frame:
+        return frame
+    several = text(frame["seed"]).str.contains("/")
+    if not several.any():
+        return frame
+    cells = [text(frame[c]) for c in frame.columns if c not in MEASURED]
+    whole = several.groupby(cells).transform("any") if cells else pd.Series(True, frame.index)
+    return frame[several | ~whole]
+
+
 def _complete(frame: pd.DataFrame, wanted: Mapping[str, Any]) -> None:
     for column, value in wanted.items():
         absent = [v for v in value if not equals(frame, column, v).any()] if isinstance(value, list) else []
@@ -219,8 +233,8 @@ def _reduce(frame: pd.DataFrame, node: Node) -> Estimate:
     values = _column(frame, "value")
     if how != "mean":
         return Estimate(float(getattr(values, how)()))
-    # Seeds share their items: their errors are averaged. Different cells are independent: squares add.
-    cells = [text(frame[c]) for c in frame.columns if c not in MEASURED]
+    # Seeds and budgets share their items: their errors are averaged. Other cells are independent: squares add.
+    cells = [text(frame[c]) for c in frame.columns if c not in MEASURED and c != "sparsity"]
     parts = [_seeds(part) for _, part in frame.groupby(cells)] if cells else [_seeds(frame)]
     if len(parts) == 1:
         return parts[0]

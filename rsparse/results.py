@@ -17,16 +17,17 @@ from rsparse.paths import HERE, Checkout, cache_folder, is_writable
 from rsparse.provenance import Clock, data_hash, measuring_hash, versions
 
 COLUMNS = (
-    "preset", "model", "method", "scope", "recipe", "sparsity", "planned", "realised", "rho", "score",
-    "threshold", "calibration", "tokens", "influenced", "dtype", "bos", "seed", "task", "metric", "value",
-    "stderr", "n",
+    "preset", "model", "method", "scope", "recipe", "sparsity", "planned", "realised", "realised_here", "rho", "score",
+    "threshold", "calibration", "tokens", "influenced", "dtype", "bos", "seed", "task", "metric", "value", "stderr",
+    "n",
 )  # fmt: skip
 """First columns of every table; an exhibit may add its own behind them.
 
 sparsity: model-level, as asked for; planned, realised: as rsparse.sparsify reports them (realised over every
-position of held-out text). influenced: share of the scored logits that a sparse position influenced.
+position of held-out text). realised_here: over the sparse positions that the measurement itself fed. influenced: share
+of the scored logits that a sparse position influenced.
 """
-NUMBERS = ("sparsity", "planned", "realised", "rho", "influenced", "value", "stderr")
+NUMBERS = ("sparsity", "planned", "realised", "realised_here", "rho", "influenced", "value", "stderr")
 
 
 class Table:

@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from rsparse import evaluate, harness, intervals, models, paths, planning, texts
-from rsparse.apply import counting, sparsify, tokens_as
+from rsparse.apply import counting, restore, sparsify, tokens_as
 from rsparse.calibrate import Calibration
 from rsparse.decompose import FactorStore, default_store
 from rsparse.methods import METHODS
@@ -221,6 +221,12 @@ class Study:
     def model(self):
         return self.bench.model
 
+    def dense(self):
+        """The model with nothing on it."""
+        self.bench.applied = None
+        restore(self.model)
+        return self.model
+
     @property
     def tokenizer(self):
         return self.bench.tokenizer
@@ -313,8 +319,11 @@ class Study:
         kept = self.table.find(key, setting.columns())
         if kept is None:
             columns = self.apply(same, seed) | {"tokens": str(tokens)}
-            with tokens_as(self.model, tokens):
+            with tokens_as(self.model, tokens), counting(self.model) as realised:
                 rows, items = measure(columns)
+            here = realised().realised  # NaN where everything had been measured before: the held-out text under "all"
+            here = columns["realised"] if math.isnan(here) and tokens == "all" else here
+            rows = [row | {"realised_here": here} for row in rows]
             costs = [cost | {"sparsity": setting.sparsity} for cost in self._costs]
             self._costs.clear()
             kept = self.table.add(key, rows, items, costs, setting.columns())

@@ -68,6 +68,7 @@ class ScoreStatistics:
         self.norms = norms
         self.tokens = 0
         self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
+        self._cumulative: Tensor | None = None
         self.sum_abs = torch.zeros(channels, dtype=torch.float64, device="cpu")
         self.sum_square = torch.zeros(channels, dtype=torch.float64, device="cpu")
 
@@ -84,6 +85,7 @@ class ScoreStatistics:
         pattern = channel_score(x, self.norms).float().view(torch.int32) >> _DROPPED_BITS
         for part in pattern.flatten().split(1 << 24):
             self.counts += torch.bincount(part, minlength=_BINS)
+        self._cumulative = None
 
     def quantile(self, share: float) -> float:
         """The score t such that a `share` of all (token, channel) scores are <= t.
@@ -94,12 +96,14 @@ class ScoreStatistics:
             raise ValueError("no calibration tokens were seen; expected at least one")
         if share <= 0 or share >= 1:
             return -math.inf if share <= 0 else math.inf
-        cumulative = self.counts.cumsum(0)
+        if self._cumulative is None:
+            self._cumulative = self.counts.cumsum(0).cpu()  # searches ask for many quantiles of the same counts
+        cumulative = self._cumulative
         rank = share * int(cumulative[-1])
         bin_ = int(torch.searchsorted(cumulative, rank))
         before = int(cumulative[bin_ - 1]) if bin_ else 0
         low, high = _edge(bin_), _edge(bin_ + 1)
-        return low + (high - low) * (rank - before) / int(self.counts[bin_])
+        return low + (high - low) * (rank - before) / (int(cumulative[bin_]) - before)
 
     def below(self, scores: Tensor) -> Tensor:
         """Share of all (token, channel) scores that are <= each of `scores` (k,), float64; inverse of `quantile`."""

@@ -79,10 +79,11 @@ def checkout(folder: Path) -> Checkout:
     shutil.copy(ROOT / "_config.yml", made.root)
     (made.book / "references.bib").write_text("")
     (made.book / "intro.md").write_text("# A made-up book\n\n```{include} _generated/status.md\n```\n")
+    (made.book / "scorecard.md").write_text("# Scorecard\n")
     toc = {
         "format": "jb-book",
         "root": "intro",
-        "chapters": [{"file": "exhibits/first"}, {"file": "exhibits/second-one"}],
+        "chapters": [{"file": "exhibits/first"}, {"file": "exhibits/second-one"}, {"file": "scorecard"}],
     }
     (made.root / "_toc.yml").write_text(yaml.safe_dump(toc))
     for name in ("_config.yml", "_toc.yml"):

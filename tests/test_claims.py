@@ -200,6 +200,15 @@ def test_tasks_average_as_independent_and_seeds_do_not():
     assert decide(compare(ROWS, ">", 0), context(seeds)).reason == "no interval beside the measured value"
 
 
+def test_the_mean_over_seeds_stands_for_the_single_ones():
+    rows = (dict(seed=s, value=v, stderr=e) for s, v, e in (("0", 0.2, 0.09), ("1", 0.6, 0.09), ("0/1", 0.4, 0.02)))
+    frame = table(*rows, dict(seed="0", value=0.8, stderr=0.02, method="griffin"))  # calibrates nothing: one seed
+    own = estimate({"rows": {"method": "r-sparse"}}, context(frame))
+    assert (own.value, own.stderr) == pytest.approx((0.4, 0.02))
+    both = estimate({"rows": {"method": ["r-sparse", "griffin"]}}, context(frame))
+    assert both.value == pytest.approx(0.6)
+
+
 def test_several_settings_are_not_mixed():
     frame = table(dict(value=0.1, tokens="all"), dict(value=0.3, tokens="decode"))
     outcome = decide(compare(ROWS, ">", 0), context(frame))

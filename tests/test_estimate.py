@@ -23,6 +23,10 @@ def test_tokens_of_one_measurement():
     assert tokens("tasks", REAL | {"items": 500}) == limited
     assert tokens("heldout", REAL) == 32 * 4096 and tokens("calibrate", REAL) == 16 * 4096
     assert tokens("summaries", REAL) == 500 * 64
+    searched = {"step": 0.05, "population": 32, "generations": 5, "groups": 8} | {
+        "search_samples": 16, "search_length": 2048,
+    }  # fmt: skip
+    assert tokens("search", REAL | searched) == (2 * 21 + 32 * 5 * 4.5) * 16 * 2048
     for what, suite in (("tasks", "tiny"), ("singing", "official")):
         with pytest.raises(ValueError, match=f"no projection for '{what}'"):
             tokens(what, REAL | {"suite": suite})

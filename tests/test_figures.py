@@ -46,6 +46,33 @@ def quality_rows(methods=("dense", "teal", "r-sparse", "low-rank"), seeds=(0,)) 
     )
 
 
+def added_rows() -> pd.DataFrame:
+    """Two panels of one method with a knob, one without, and a variant that adds a thousand times as much."""
+    cells = [("teal", 0.25, 0.001), ("teal", 0.5, -0.002), ("relufication", 0.3, 0.01),
+             ("r-sparse (column-norm)", 0.5, 2.0)]  # fmt: skip
+    return pd.DataFrame([
+        {"panel": panel, "method": method, "sparsity": s, "value": value, "low": value - 0.001, "high": value + 0.001}
+        for panel in ("loss", "margin") for method, s, value in cells
+    ])  # fmt: skip
+
+
+def gained() -> pd.DataFrame:
+    """Two searchers at two budgets, two groups each; evolution with two seeds."""
+    lines = [("evolution", 0), ("evolution", 1), ("random", 0)]
+    return pd.DataFrame([
+        {"sparsity": s, "searcher": searcher, "seed": seed, "group": i // 2, "evaluations": i + 1, "gain": i * s}
+        for s in (0.5, 0.7) for searcher, seed in lines for i in range(4)
+    ])  # fmt: skip
+
+
+def recovered() -> pd.DataFrame:
+    """Shares of two searchers in groups of one and of eight linears."""
+    return pd.DataFrame([
+        {"searcher": searcher, "group_size": size, "metric": metric, "value": 1 / size, "low": 0.1, "high": 1.0}
+        for searcher in ("evolution", "random") for size in (1, 8) for metric in ("recovered_share", "false_share")
+    ])  # fmt: skip
+
+
 def all_figures() -> dict[str, Figure]:
     random = np.random.default_rng(0)
     maps = {(key, kind): random.random((5, 7)) ** 8 for kind in KINDS for key in ("a", "b")}
@@ -83,6 +110,8 @@ def all_figures() -> dict[str, Figure]:
         "not measured": figures.quality(quality_rows(), {("summaries", "rouge_l"): "ROUGE-L (%)"}),
         "rho_sweep": figures.rho_sweep(points),
         "differences": figures.differences(paired, "difference", ["one", "two", "three"]),
+        "added": figures.added(added_rows()),
+        "nothing added": figures.added(added_rows().iloc[:0]),
         "no differences": figures.differences(paired.iloc[:0], "difference", []),
         "difference_panels": figures.difference_panels(
             pd.concat([paired, paired[1:]]).assign(panel=["a (x)"] * 3 + ["b (y)"] * 2, label=[*"pqr", *"qr"])
@@ -90,6 +119,9 @@ def all_figures() -> dict[str, Figure]:
         "lines": figures.quality(quality_rows().assign(line=lambda x: x["method"].str[0]), measures, by="line"),
         "planted": figures.planted(found),
         "allocation": figures.allocation(chosen),
+        "rho_map": figures.rho_map(chosen.assign(panel=[f"s {s}" for s in chosen["sparsity"]])),
+        "convergence": figures.convergence(gained()),
+        "recovery": figures.recovery(recovered(), 0.9),
         "activations": figures.activations({(i, x): histogram for i in (0, 3) for x in "ab"}, {"a": "A", "b": "B"}),
     }
 
@@ -167,12 +199,63 @@ def test_difference_panels_share_their_rows():
     assert drawn(right) == {1: -0.2, 0: 0.0}, "the row that a panel lacks stays empty"
 
 
+def test_what_is_added_has_a_logarithmic_axis_and_every_method():
+    left, right = all_figures()["added"].axes
+    assert left.get_yscale() == right.get_yscale() == "symlog"
+    assert [box.get_label() for box in left.containers] == ["ReLUfication", "uniform TEAL", "column-norm R-Sparse"]
+    low, high = left.get_ylim()
+    assert low < -0.003 and high > 2.001, "no marker is cut"
+    assert left.get_yticks().tolist() == pytest.approx([-0.001, 0, 0.001, 0.01, 0.1, 1])
+
+
+@pytest.mark.parametrize(
+    ("ends", "most", "expected"),
+    [((-0.02, 3.0), 9, [-0.01, 0, 0.01, 0.1, 1]), ((0.0, 3.0), 2, [0, 0.01, 1]), ((-0.001, 0.002), 2, [0])],
+)
+def test_decades_on_either_side_of_zero(ends, most, expected):
+    assert figures._decades(0.01, *ends, most) == pytest.approx(expected)
+
+
+def test_one_far_difference_does_not_hide_the_others():
+    far = pd.DataFrame({"value": [3.0, -0.001], "low": [2.9, -0.004], "high": [3.1, 0.002]})
+    axes = figures.differences(far, "difference", ["far", "near"]).axes[0]
+    assert axes.get_xscale() == "symlog" and axes.xaxis.get_transform().linthresh <= 0.006
+    low, high = axes.get_xlim()
+    assert low < -0.004 and high > 3.1
+    assert figures.differences(far[1:], "difference", ["near"]).axes[0].get_xscale() == "linear"
+
+
+def test_bars_of_percentages_end_at_a_hundred():
+    rows = quality_rows(["dense", "teal"]).assign(value=0.995)
+    axes = figures.quality(rows, {("average", "acc"): "accuracy (%)"}).axes[0]
+    (bars,) = axes.containers[0].lines[2]
+    assert max(end for segment in bars.get_segments() for end in segment[:, 1]) == pytest.approx(100)
+    assert figures._folded("average accuracy of all the eight tasks (%)").split("\n")[-1] == "(%)"
+
+
 def test_quality_by_another_column_starts_every_line_at_dense():
     axes = all_figures()["lines"].axes[0]
     named = {box.get_label(): box.lines[0] for box in axes.containers}
     assert list(named) == ["t", "r", "l"]
     assert all(line.get_xdata().tolist() == [0, 30, 70] for line in named.values())
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in named.values()}) == 3
+
+
+def test_convergence_names_every_searcher_once_and_marks_the_groups():
+    left, right = all_figures()["convergence"].axes
+    assert left.get_legend_handles_labels()[1] == ["evolution", "random"]
+    curves = [line for line in left.lines if len(line.get_xdata()) == 4]
+    assert len(curves) == 3 and [line.get_xdata()[0] for line in left.lines if line not in curves] == [3]
+    assert right.get_title() == "sparsity 70%"
+
+
+def test_recovery_is_in_percent_beside_what_is_enough():
+    left, right = all_figures()["recovery"].axes
+    (dashed,) = (line for line in left.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2
+                 and set(line.get_ydata()) == {90.0})  # fmt: skip
+    assert dashed.get_color() == "black" and not any(set(x.get_ydata()) == {90.0} for x in right.lines)
+    assert [label.get_text() for label in left.get_xticklabels()] == ["1", "8"]
+    assert left.containers[0].lines[0].get_ydata().tolist() == pytest.approx([100, 12.5])
 
 
 def test_tables_round_by_column_and_leave_gaps_empty(shown):

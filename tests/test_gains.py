@@ -60,8 +60,41 @@ def test_words_by_the_side_of_zero(intervals, said):
 
 
 def test_intervals_as_text():
-    assert gains.interval({"value": 1.24, "low": -0.04, "high": 2.5}, 1) == "+1.2 [+0.0, +2.5]"
+    assert gains.interval({"value": 1.24, "low": -0.04, "high": 2.5}, 1) == "+1.2 [-0.0, +2.5]", "on which side of zero"
+    assert gains.interval({"value": -8e-20, "low": -0.0, "high": 0.0}, 1) == "+0.0 [+0.0, +0.0]", "zero has no side"
     assert gains.interval({"value": -0.5, "low": math.nan, "high": math.nan}, 2) == "-0.50"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.01, 2, "+1.0 [+0.0, +2.0] *"), (-0.01, 2, "+1.0 [-0.0, +2.0]"), (0, 2, "+1.0 [+0.0, +2.0]"),
+     (-3, -0.01, "+1.0 [-3.0, -0.0] *"), (math.nan, math.nan, "+1.0")],
+)  # fmt: skip
+def test_a_star_says_that_zero_is_outside(low, high, said):
+    assert gains.starred({"value": 1.0, "low": low, "high": high}, 1) == said
+
+
+@pytest.mark.parametrize(
+    ("intervals", "said"),
+    [
+        ([("margin", 0.5, 1, 2)], "up in the one comparison"),
+        ([("margin", 0.5, -1, 2)], "open in the one comparison"),
+        ([("margin", 0.5, 1, 2), ("accuracy", 0.5, 1, 2)], "up in all 2 comparisons"),
+        ([("margin", 0.5, -1, 2), ("margin", 0.4, math.nan, math.nan)], "open in any of 2 comparisons"),
+        ([("margin", 0.4, 1, 2), ("margin", 0.5, -2, -1)],
+         "up in 1 of 2 comparisons (margin at 40%), down in 1 (margin at 50%)"),
+        ([("accuracy", 0.4, -2, -1), ("margin", 0.4, -2, -1), ("margin", 0.5, 0, 0), ("accuracy", 0.5, -1, 0)],
+         "down in 2 of 4 comparisons (accuracy and margin at 40%), open in the others"),
+    ],
+)  # fmt: skip
+def test_comparisons_are_counted_by_the_side_of_zero(intervals, said):
+    frame = pd.DataFrame(intervals, columns=["measure", "sparsity", "low", "high"])
+    assert gains.tally(frame, ("up", "down", "open")) == said
+
+
+def test_embedded_tasks_are_called_analogues():
+    assert gains.tasks("official") == "the eight tasks"
+    assert gains.tasks("tiny-teal", "tasks of TEAL") == "embedded analogues of tasks of TEAL"
 
 
 def test_what_is_the_same_is_said_once():

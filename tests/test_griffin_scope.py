@@ -9,7 +9,7 @@ import small_checkpoint
 from scipy import stats
 
 from rsparse import claims, predicates
-from rsparse.exhibits import griffin_reading, griffin_scope
+from rsparse.exhibits import gains, griffin_reading, griffin_scope
 from rsparse.exhibits.griffin_scope import Plan
 from rsparse.predicates import Context
 from rsparse.results import Table
@@ -96,8 +96,34 @@ def test_tables_and_curves_have_every_cell(measured):
     curves = griffin_reading.curves(rows)
     assert list(dict.fromkeys(curves["line"])) == ["dense", "MLP alone", "all blocks"]
     found = griffin_reading.differences(rows)
-    assert griffin_reading.table(found).shape == (2, 5)
+    means = griffin_reading.averages(rows)
+    assert griffin_reading.table(found).shape == (2, 5) and griffin_reading.table(found, means).shape == (3, 5)
+    assert griffin_reading.table(found[found["sparsity"] == 0.3], means).shape == (1, 5), "the mean of one is itself"
     assert griffin_reading.panels(found)["label"].tolist() == ["sparsity 30%"] * 4 + ["sparsity 50%"] * 4
+
+
+def test_the_averages_are_what_the_scorecard_decides_by(measured):
+    _, _, rows = measured
+    known = claims.load()
+    found = griffin_reading.averages(rows).set_index("measure")
+    ids = {"accuracy": "griffin-mlp-only", "margin": "griffin-mlp-only-margin",
+           "held-out loss": "griffin-mlp-only-perplexity", "ROUGE-L": "griffin-mlp-only-summaries"}  # fmt: skip
+    for measure, name in ids.items():
+        claim = next(x for x in known.claims if x.id == name)
+        ours = predicates.estimate(claim.ours, Context("figure-7", {"figure-7": rows}, lambda _: 0.0, known.prefer))
+        factor = gains.MEASURES[measure].factor
+        assert found.loc[measure, "value"] == pytest.approx(factor * ours.value)
+        assert found.loc[measure, ["low", "high"]].tolist() == pytest.approx(sorted(factor * x for x in ours.bounds()))
+    said = griffin_reading.conclusion(rows, "m")
+    assert said.startswith("Averaged over 30% and 50%, GRIFFIN on the MLP alone of `m` is ")
+    assert "no budget" in griffin_reading.conclusion(rows.iloc[:0], "m")
+
+
+@pytest.mark.parametrize(("value", "said"), [(100.0, "word for word"), (40.0, "reaches 40.00% ROUGE-L.")])
+def test_what_rouge_starts_from(value, said):
+    row = {"method": "dense", "metric": "rouge_l", "against": None, "value": value}
+    assert said in griffin_reading.dense_summaries(pd.DataFrame([row]), "m")
+    assert "No summaries" in griffin_reading.dense_summaries(pd.DataFrame([row]).iloc[:0], "m")
 
 
 def test_the_verdict_in_words():

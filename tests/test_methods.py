@@ -240,7 +240,7 @@ SETTINGS = [(name, None) for name in NEW] + [("griffin", "all"), ("chess", "mlp"
 @pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.5])
 @pytest.mark.parametrize(("name", "scope"), SETTINGS)
 def test_planned_is_asked_to_half_a_point(ids, monkeypatch, name, scope, sparsity):
-    monkeypatch.setattr("rsparse.greedy.STEP", 0.1)
+    monkeypatch.setattr("rsparse.greedy.LEVELS", 2)
     model = WIDE.setdefault("model", wide())
     calibration = WIDE.setdefault("calibration", Calibration(model, ids[:1]))
     rsparse.restore(model)
@@ -370,7 +370,7 @@ class TestTiny:
     @pytest.mark.parametrize("name", NEW)
     def test_planned_asked_and_realised(self, monkeypatch, tmp_path, name):
         monkeypatch.setenv("RSPARSE_CACHE", str(tmp_path))
-        monkeypatch.setattr("rsparse.greedy.STEP", 0.1)
+        monkeypatch.setattr("rsparse.greedy.LEVELS", 2)
         monkeypatch.setattr("rsparse.greedy.TOKENS", 256)
         model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
         model.model.layers = model.model.layers[:2]

@@ -145,7 +145,9 @@ def test_the_summary_names_scopes_and_counts_seeds(measured):
     assert (part["planned (%)"] >= 40).all() and (part["planned (%)"] < 42).all()
     text = part["influenced, text (%)"]
     assert text[("CATS", "the MLP")] == 100 and text[("GRIFFIN", "the MLP")] == 0, "windows are shorter than its prefix"
-    assert "at 80% R-Sparse on all linears the lowest" in scope_reading.ranking(rows, "m")
+    said = scope_reading.ranking(rows, "m")
+    assert said.startswith("At 40%, ") and said.count(" on ") == 2, "80% has one setting, which ranks nothing"
+    assert "more than one setting" in scope_reading.ranking(rows[rows["sparsity"].isin([0, 0.8])], "m")
 
 
 def part_rows(*found: tuple[str, str, float, float, float]) -> pd.DataFrame:
@@ -169,13 +171,13 @@ def test_the_parts_in_a_table_and_in_words():
     found = scope_reading.parts(part_rows(GAIN, SCOPE, METHOD, BOTH), "cats")
     table = scope_reading.parts_table(found)
     assert table.iloc[0].tolist() == [
-        "40%", "margin (nats)", "+0.300 [+0.200, +0.400]", "+0.400 [+0.300, +0.500]", "-0.100 [-0.200, +0.100]",
-        "+0.500 [+0.300, +0.700]", "scope",
+        "40%", "margin (nats)", "+0.300 [+0.200, +0.400] *", "+0.400 [+0.300, +0.500] *", "-0.100 [-0.200, +0.100]",
+        "+0.500 [+0.300, +0.700] *", "scope",
     ]  # fmt: skip
-    assert table.iloc[1]["gain"] == "+0.0300 [+0.0200, +0.0400]", "a loss that is saved"
+    assert table.iloc[1]["gain"] == "+0.0300 [+0.0200, +0.0400] *", "a loss that is saved"
     assert scope_reading.parts_reading(found, "cats", "m") == (
-        "R-Sparse against CATS on `m`. By margin and held-out loss, the gain is above zero at 40%; the scope part is "
-        "above zero at 40%; the method part is not told from zero at 40%; the scope part is larger at 40%."
+        "R-Sparse against CATS on `m`: ahead in all 2 comparisons. Wherever it is ahead, more of the lead is owed to "
+        "the scope than to the method."
     )
     assert scope_reading.parts_panels(found)["label"].tolist() == [
         "40%: gain", "40%: gain", "40%: scope part", "40%: scope part", "40%: method part", "40%: method part"
@@ -187,7 +189,22 @@ def test_the_larger_part_is_judged_by_its_interval(low, high, said):
     both = (*BOTH[:2], (low + high) / 2, low, high)
     found = scope_reading.parts(part_rows(GAIN, SCOPE, METHOD, both), "cats")
     assert set(scope_reading.parts_table(found)["larger"]) == {said}
-    assert said in scope_reading.parts_reading(found, "cats", "m").rsplit("; ", 1)[1]
+    words = {"method": "owed to the method than to the scope.", "not told apart": "is the larger is not told."}
+    assert scope_reading.parts_reading(found, "cats", "m").endswith(words[said])
+
+
+def test_a_lead_that_is_owed_to_both_and_none_at_all_in_words():
+    rows = part_rows(GAIN, SCOPE, METHOD, BOTH)
+    loss = (rows["metric"] == "diff_perplexity_log") & (rows["against"] == BOTH[1])
+    rows.loc[loss, ["value", "low", "high"]] = [0.05, 0.03, 0.07]  # a loss: the method part is the larger here
+    assert scope_reading.parts_reading(scope_reading.parts(rows, "cats"), "cats", "m").endswith(
+        "Where it is ahead: the scope part is the larger in 1 of 2 comparisons (margin at 40%), the method part is the "
+        "larger in 1 (held-out loss at 40%)."
+    )
+    rows = part_rows((*GAIN[:2], 0.0, -0.1, 0.1), SCOPE, METHOD, BOTH)
+    assert scope_reading.parts_reading(scope_reading.parts(rows, "cats"), "cats", "m") == (
+        "R-Sparse against CATS on `m`: not told apart in any of 2 comparisons. There is no lead to split."
+    )
 
 
 def test_budgets_without_every_part_are_not_split():
@@ -200,8 +217,7 @@ def test_budgets_without_every_part_are_not_split():
 def test_the_wider_scope_in_words():
     found = scope_reading.scopes(part_rows(GAIN, SCOPE), "mlp")
     assert scope_reading.scopes_reading(found, "mlp", "m") == (
-        "On all linears of `m` instead of the MLP alone, at the same budget: R-Sparse is, by margin and held-out loss, "
-        "better at 40%."
+        "On all linears of `m` instead of the MLP alone, at the same budget: R-Sparse is better in all 2 comparisons."
     )
     assert scope_reading.scopes_panels(found)["label"].tolist() == ["40%: R-Sparse"] * 2
     nothing = scope_reading.scopes(part_rows(GAIN), "attention")

@@ -50,6 +50,22 @@ def rows_of(made: Study, setting: Setting, seed: int = 0) -> pd.DataFrame:
     return frame[(frame["method"] == setting.method) & (frame["seed"] == seed)]
 
 
+def test_every_measurement_says_what_it_realised_itself(measured):
+    """Over the sparse positions that it fed: none of the prompt's where it wrote summaries, scored ones on tasks."""
+    made, _ = measured
+    rows = rows_of(made, TEAL)
+    text = rows[(rows["metric"] == "perplexity")]
+    assert text["realised_here"].item() == text["realised"].item() and set(rows_of(made, DENSE)["realised_here"]) == {0}
+    here = {task: part["realised_here"].unique() for task, part in rows[rows["task"] != "heldout"].groupby("task")}
+    assert {len(values) for values in here.values()} == {1}
+    made.apply(TEAL, 0)
+    with rsparse.apply.counting(made.model) as counted, rsparse.apply.tokens_as(made.model, "scored"):
+        s = made.sources
+        harness.score_tasks(made.model, made.tokenizer, s.suite, s.items, s.batch_size, s.bos)
+    assert here["piqa"].item() == here["average"].item() == counted().realised != text["realised"].item()
+    assert here["summaries"].item() not in (here["piqa"].item(), text["realised"].item())
+
+
 def test_the_rows_of_a_setting_are_complete(measured):
     made, _ = measured
     for setting in (DENSE, TEAL, R_SPARSE):

@@ -206,10 +206,10 @@ def by_hand(model, ids: list[int], count: int, stop: int) -> list[int]:
     return written
 
 
-@pytest.mark.parametrize("rule", ["all", "scored", -0.5])
-def test_what_is_written_is_sparse_after_a_dense_prompt_whatever_the_rule(model, tokenizer, rule):
+@pytest.mark.parametrize(("rule", "stands_for"), [("all", "decode"), ("scored", "decode"), (-0.5, -0.5)])
+def test_what_is_written_is_sparse_and_of_the_prompt_what_a_count_says(model, tokenizer, rule, stands_for):
     dense = SparseLM(model, tokenizer, 2).generate_until(requests(12), disable_tqdm=True)
-    rsparse.sparsify(model, "teal", 0.7, threshold="per-token", tokens="decode")
+    rsparse.sparsify(model, "teal", 0.7, threshold="per-token", tokens=stands_for)
     wanted, tokens = [], 0
     for text in PROMPTS:
         ids = by_hand(model, tokenizer.encode(text), 12, tokenizer.eos_token_id)
@@ -218,6 +218,7 @@ def test_what_is_written_is_sparse_after_a_dense_prompt_whatever_the_rule(model,
     rsparse.sparsify(model, "teal", 0.7, threshold="per-token", tokens=rule)
     lm = SparseLM(model, tokenizer, 2)
     assert lm.generate_until(requests(12), disable_tqdm=True) == wanted != dense
-    assert (lm.scored, lm.influenced) == (tokens, tokens - len(PROMPTS)), "the first token is the dense model's"
+    dense_first = len(PROMPTS) if stands_for == "decode" else 0  # the first token is then the dense model's
+    assert (lm.scored, lm.influenced) == (tokens, tokens - dense_first)
     assert lm.fed == tokens + sum(len(tokenizer.encode(text)) for text in PROMPTS)
     assert model._rsparse.protocol.tokens == rule

@@ -301,10 +301,12 @@ def test_tables_and_sentences_of_the_measured_rows(measured):
     assert table["seeds"].tolist() == [1, 2, 2, 2, 2] and table["accuracy (%)"].str.contains(" ± ").all()
     tasks = teal_reading.tasks(rows)
     assert tasks.columns.tolist() == [
-        "sparsity", "method", "arc_challenge", "hellaswag", "piqa", "winogrande", "average-4-teal"
+        "sparsity", "method", "arc_challenge", "hellaswag", "piqa", "winogrande", "average of the four tasks"
     ]  # fmt: skip
     four = tasks[["arc_challenge", "hellaswag", "piqa", "winogrande"]].mean(axis=1)
-    assert tasks["average-4-teal"].tolist() == pytest.approx(four.tolist())
+    assert tasks["average of the four tasks"].tolist() == pytest.approx(four.tolist())
+    lines = teal_reading.curves(rows)
+    assert list(dict.fromkeys(lines["line"])) == ["dense", "uniform", "greedy"] and lines["against"].isna().all()
     said = teal_reading.loss_reading(rows, "m")
     assert said.count("(uniform)") == said.count("(greedy)") == 2 and "nan" not in said
 
@@ -355,4 +357,38 @@ def test_the_published_files_are_quoted_and_what_this_book_holds_is_computed():
     pair = [table[table["model"] == x].set_index(["layer", "input", "quantile"])["abs_value"] for x in
             ("Llama-2-7B", "Llama-3-8B")]  # fmt: skip
     assert f"{int((pair[0] == pair[1]).sum())} of {len(pair[0]):,} quantiles" in said
-    assert said.startswith("Quoted from repo:FasterDecoding/TEAL") and "byte for byte" in said
+    assert said.startswith("Found by this book in `FasterDecoding/TEAL@") and "byte for byte" in said
+
+
+def test_only_what_is_said_of_teal_is_quoted_here():
+    cells = teal_reading.quoted(paper.reported(exhibit="teal"))
+    assert set(cells["paper"]) == {"teal", "spqt"} and "dense" in set(cells["method"])
+    said = teal_reading.quoted_statements(paper.statements())
+    assert len(said) and not said["topic"].str.contains("shipped histograms").any(), "concluded by this book"
+    assert not said["read in"].str.contains("ghtext|page:").any()
+    assert teal_reading.read_in("ghtext:1;ghtext:2") == "2 public GitHub texts quoting the paper"
+    assert teal_reading.read_in("page:www.a.b/c;ghtext:1") == "www.a.b/c and 1 public GitHub text quoting the paper"
+
+
+@pytest.mark.parametrize(
+    ("greedy", "said"),
+    [
+        (0.485, "misses the planned one by more than 1 point for greedy at 50% (48.50% where 50.00% were planned); all "
+                "others are within 0.5 points. The thresholds were read on `tiny 1x256` (text, samples x tokens)."),
+        (0.496, "is within 0.5 points of the planned one everywhere."),
+    ],
+)  # fmt: skip
+def test_a_missed_sparsity_is_said(greedy, said):
+    same = {"metric": "perplexity", "sparsity": 0.5, "planned": 0.5, "calibration": "tiny 1x256", "against": None}
+    rows = pd.DataFrame([
+        same | {"method": "teal", "realised": 0.495}, same | {"method": "teal-greedy", "realised": greedy},
+        same | {"method": "dense", "sparsity": 0.0, "planned": 0.0, "realised": 0.0, "calibration": None},
+    ])  # fmt: skip
+    assert teal_reading.realised_reading(rows, "m").endswith(said)
+
+
+def test_kinds_that_share_an_end_are_all_named():
+    frame = pd.DataFrame({"sparsity": 0.5, "linear": ["v", "k", "o", "q"], "value": [0.001, 0.002, 0.8, 0.3]})
+    assert teal_reading.allocation_reading(frame, "m").endswith(
+        "takes most from `o` (80% on average) and least from `k` and `v` (0%)."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import small_checkpoint
 
@@ -53,14 +54,18 @@ def test_the_rules_are_the_published_codes():
 def test_a_rule_decides_how_much_is_scored_sparse(measured):
     study, plan, rows = measured
     found = token_reading.rules(rows).set_index(["method", "rule"])
-    assert list(found.index) == [(m, r) for m in PLAN["methods"] for r in ("scored", "all", "R-Sparse's code")]
-    influenced = found.loc["teal", "influenced, tasks (%)"]
+    assert list(found.index) == [(m, r) for m in ("R-Sparse", "TEAL") for r in ("scored", "all", "R-Sparse's code")]
+    influenced = found.loc["TEAL", "influenced, tasks (%)"]
     assert influenced["scored"] == influenced["all"] == 100 and 0 < influenced["R-Sparse's code"] < 100
-    assert found.loc[("teal", "R-Sparse's code"), "tokens"] == "0.9"
+    mine = found.loc[("TEAL", "R-Sparse's code")]
+    assert (mine["tokens"], mine["seeds"]) == ("0.9", 1)
+    for name in ("planned", "realised"):
+        measured_ones = rows[(rows["method"] == "teal") & rows["against"].isna()][name]
+        assert mine[f"{name} (%)"] == pytest.approx(100 * measured_ones.mean()), "the same under every rule"
     scored = 100 * study.tasks(plan.setting("teal"), 0, 0.9).groupby("task")["acc"].mean().mean()
-    assert found.loc[("teal", "R-Sparse's code"), "accuracy (%)"] == pytest.approx(scored)
+    assert mine["accuracy (%)"] == pytest.approx(scored)
     text = study.losses(plan.setting("teal"), 0, 0.9)
-    assert found.loc[("teal", "R-Sparse's code"), "influenced, text (%)"] < 15 and len(text) == 3
+    assert mine["influenced, text (%)"] < 15 and len(text) == 3
 
 
 def test_differences_from_dense_and_from_the_headline_name_their_rule(measured):
@@ -72,9 +77,14 @@ def test_differences_from_dense_and_from_the_headline_name_their_rule(measured):
         for rule, against in [("scored", "dense"), ("all", "dense"), ("R-Sparse's code", "dense"),
                               ("all", "tokens=scored"), ("R-Sparse's code", "tokens=scored")]
     }  # fmt: skip
-    shown = token_reading.rule_differences(rows, "diff_acc", "teal")
-    assert shown["label"].tolist() == ["scored", "all", "R-Sparse's code"]
-    assert token_reading.rules_reading(rows, "m").startswith("The same sparse model, r-sparse on `m`, would be")
+    table = token_reading.effects_table(rows)
+    assert table[["method", "rule"]].to_numpy().tolist() == [
+        [method, rule] for method in ("R-Sparse", "TEAL") for rule in ("all", "R-Sparse's code")
+    ]  # fmt: skip
+    part = part[(part["method"] == "teal") & (part["rule"] == "all")].set_index("against")
+    shown = token_reading.effects(rows, "teal")
+    value = shown[(shown["label"] == "all") & (shown["measure"] == "margin")]["value"].item()
+    assert value == part.loc["tokens=scored", "value"] != part.loc["dense", "value"]
 
 
 def test_every_choice_is_one_change_from_the_headline(measured):
@@ -91,8 +101,81 @@ def test_every_choice_is_one_change_from_the_headline(measured):
     assert part.loc["exact top channels per token", "value"] == pytest.approx(
         sum(a - b for a, b in zip(theirs, ours, strict=True)) / 3
     )
-    assert token_reading.choice_table(rows)["choice"].tolist() == list(arms)
-    assert token_reading.choices_reading(rows, "m").startswith("Of the choices, on `m`: ")
+    table = token_reading.choices_table(rows).set_index("choice")
+    assert list(table.index) == [token_reading.BASE, *arms] and table.iloc[0, -1] == ""
+    apart = token_reading.bytes_reading(rows)
+    for name, changed in arms.items():
+        one = rows[rows["against"].isna() & (rows["task"] == "heldout") & (rows["metric"] == "perplexity")]
+        one = one[one["tokens"] == str(changed.loss_tokens)]
+        told = f"*{name}* ({table.loc[name, 'realised (%)']:.1f}%)" in apart
+        assert told == (abs(table.loc[name, "realised (%)"] - table["realised (%)"].iloc[0]) > token_reading.APART)
+        assert (one["realised"] * 100 - table.loc[name, "realised (%)"]).abs().min() < 1e-9
+    assert token_reading.choices_reading(rows, "m").startswith("Of 8 choices made as others make them, these are told")
+
+
+# In words
+
+
+def rule_rows(*found: tuple[str, str, str, str, float, float]) -> pd.DataFrame:
+    """Differences of R-Sparse: (rule, tokens, against, metric, low, high)."""
+    frame = pd.DataFrame(found, columns=["rule", "tokens", "against", "metric", "low", "high"])
+    tasks = {"diff_perplexity_log": "heldout"}
+    return frame.assign(method="r-sparse", sparsity=0.5, value=frame[["low", "high"]].mean(axis=1),
+                        task=[tasks.get(metric, "average") for metric in frame["metric"]])  # fmt: skip
+
+
+CODE = ("R-Sparse's code", "0.9", "tokens=scored")
+ROWS = rule_rows(
+    ("all", "all", "tokens=scored", "diff_acc", -0.03, -0.01), (*CODE, "diff_acc", 0.01, 0.03),
+    ("LaRoSA's and CATS' code", "all", "tokens=scored", "diff_acc", -0.03, -0.01),
+    ("all", "all", "tokens=scored", "diff_perplexity_log", 0, 0), (*CODE, "diff_perplexity_log", -0.02, -0.01),
+    ("scored", "scored", "dense", "diff_acc", -0.02, 0.01), ("all", "all", "dense", "diff_acc", -0.05, -0.02),
+)  # fmt: skip
+
+
+def test_a_rule_under_two_names_is_one_rule():
+    found = token_reading.effects(ROWS, "r-sparse")
+    assert found[found["measure"] == "accuracy"]["label"].tolist() == ["all = LaRoSA's and CATS' code", CODE[0]]
+    assert token_reading.effects_table(ROWS)["accuracy (points)"].tolist() == [
+        "-2.00 [-3.00, -1.00] *", "+2.00 [+1.00, +3.00] *"
+    ]  # fmt: skip
+
+
+def test_what_the_rule_adds_in_words():
+    assert token_reading.rules_reading(ROWS, "m") == (
+        "The token rule alone changes what is reported of R-Sparse on `m`. Of 2 rules set against `scored`, by "
+        "accuracy, 1 scores better and 1 worse; by held-out loss, 1 scores better. *R-Sparse's code* minus `scored`: "
+        "accuracy +2.00 points [+1.00, +3.00], held-out loss +0.0150 nats per token saved [+0.0100, +0.0200]. The same "
+        "model minus dense, by accuracy: -3.50 points [-5.00, -2.00] under *all* and -0.50 points [-2.00, +1.00] (not "
+        "told from zero) under *scored*."
+    )
+    still = rule_rows((*CODE, "diff_acc", -0.01, 0.03), (*CODE, "diff_margin", -1, 1))
+    assert token_reading.rules_reading(still, "m").startswith(
+        "The token rule alone is not seen to change R-Sparse on `m`. Of 1 rule set against `scored`, by accuracy and "
+        "margin, none is told apart."
+    )
+    assert "not measured under several rules" in token_reading.rules_reading(still, "m", "teal")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(0.1, 0.3, "worse for"), (-0.3, -0.1, "better for"), (-0.1, 0.3, "no other for")]
+)
+def test_a_dense_first_position_in_words(low, high, said):
+    rows = rule_rows(("decode", "decode", "tokens=scored", "diff_perplexity_log", low, high),
+                     ("decode", "decode", "tokens=scored", "diff_acc", 0.1, 0.2))  # fmt: skip
+    text = token_reading.dense_start_reading(rows, "m")
+    assert said in text and text.endswith("was not tested.") == (said == "worse for")
+    assert "did not measure `decode`" in token_reading.dense_start_reading(ROWS, "m")
+
+
+def test_which_choices_change_anything_in_words():
+    rows = rule_rows(("", "scored", "headline", "diff_acc", -0.01, 0.01), ("", "all", "headline", "diff_margin", -1, 1),
+                     ("", "all", "headline", "diff_perplexity_log", 0.1, 0.3))  # fmt: skip
+    assert token_reading.choices_reading(rows.assign(choice="A choice"), "m") == (
+        "Of 1 choices made as others make them, these are told apart from R-Sparse as this book runs it, on `m`: by "
+        "accuracy and margin, none; by held-out loss, *A choice* (-0.2000 nats per token saved [-0.3000, -0.1000])."
+    )
+    assert "changed no choice" in token_reading.choices_reading(rows, "m") and token_reading.choices_table(rows).empty
 
 
 def test_a_rerun_measures_nothing_and_loads_no_model(measured, monkeypatch):

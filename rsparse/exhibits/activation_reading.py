@@ -111,7 +111,7 @@ def nearest_published(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def published_files() -> str:
-    """What is wrong with the published histograms, quoted, and what the tables of this book hold instead, computed."""
+    """What this book found wrong with the published histograms, and what its tables hold instead, computed."""
     said = paper.statements()
     said = said[(said["exhibit"] == "teal") & (said["topic"] == "shipped histograms: identity")].iloc[0]
     wide = paper.activation_quantiles().pivot_table(
@@ -121,6 +121,7 @@ def published_files() -> str:
     same = int((pair["Llama-2-7B"] == pair["Llama-3-8B"]).sum())
     gap = (pair["Llama-3-8B"] / pair["Llama-2-7B"] - 1).abs().median()
     return (
-        f"Quoted from {said['source']}: {said['statement']}. In the tables of this book, {same} of {len(pair):,} "
-        f"quantiles of Llama-3-8B equal those of Llama-2-7B, and at the median they differ by {gap:.0%}."
+        f"Found by this book in `{said['source'].removeprefix('repo:')}`: {said['statement']}. In the tables of this "
+        f"book, {same} of {len(pair):,} quantiles of Llama-3-8B equal those of Llama-2-7B, and at the median they "
+        f"differ by {gap:.0%}."
     )

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from rsparse.exhibits import gains
-from rsparse.exhibits.gains import MEASURES, by_sign
+from rsparse.exhibits.gains import MEASURES, NAMES
 
-NAMES = {"dense": "dense", "r-sparse": "R-Sparse", "teal": "TEAL", "cats": "CATS", "griffin": "GRIFFIN"}
 SCOPES = {"all": "all linears", "mlp": "the MLP", "attention": "attention"}
 PARTS = {  # part of a gain -> (scope of the setting, what it is set against)
     "gain": ("all", "{rival}"),
@@ -48,17 +47,19 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranking(rows: pd.DataFrame, model: str) -> str:
-    """In words, per budget: what keeps the lowest perplexity of held-out text, and what has the highest."""
+    """In words: the lowest and the highest perplexity at the largest budget that more than one setting reaches."""
     rows = rows[rows["against"].isna() & (rows["metric"] == "perplexity")]
     dense = rows.loc[rows["method"] == "dense", "value"].mean()
     found = rows[rows["method"] != "dense"].groupby(["sparsity", "method", "scope"])["value"].mean().reset_index()
-    parts = []
-    for sparsity, part in found.groupby("sparsity"):
-        part = part.sort_values("value")
-        ends = [f"{NAMES[x['method']]} on {SCOPES[x['scope']]} the {word} ({x['value']:.3f})"
-                for x, word in ((part.iloc[0], "lowest"), (part.iloc[-1], "highest"))]  # fmt: skip
-        parts.append(f"at {sparsity:.0%} {' and '.join(ends)}")
-    return f"Perplexity of held-out text, {dense:.3f} for dense `{model}`: {'; '.join(parts)}."
+    found = found[found.groupby("sparsity")["value"].transform("size") > 1]
+    if found.empty:
+        return f"At no budget was more than one setting of `{model}` measured."
+    last = found[found["sparsity"] == found["sparsity"].max()].sort_values("value")
+    ends = [f"{NAMES[x['method']]} on {SCOPES[x['scope']]} ({x['value']:.3f})" for x in (last.iloc[0], last.iloc[-1])]
+    return (
+        f"At {last['sparsity'].iloc[0]:.0%}, perplexity of held-out text goes from {ends[0]} to {ends[1]}; that of "
+        f"dense `{model}` is {dense:.3f}."
+    )
 
 
 def left_out(settings: Sequence, model: str) -> str:
@@ -86,11 +87,14 @@ def parts(rows: pd.DataFrame, rival: str, method: str = "r-sparse") -> pd.DataFr
 
 
 def parts_table(found: pd.DataFrame) -> pd.DataFrame:
-    """`parts` as text with 95% intervals, one row per budget and measure, and which part is the larger."""
+    """`parts` as text with 95% intervals, one row per budget and measure, and which part is the larger.
+
+    A star: the interval excludes zero.
+    """
     lines = []
     for (sparsity, measure), group in found.groupby(["sparsity", "measure"], sort=False):
         group = group.set_index("part")
-        cells = {part: gains.interval(group.loc[part], MEASURES[measure].decimals) for part in PARTS}
+        cells = {part: gains.starred(group.loc[part], MEASURES[measure].decimals) for part in PARTS}
         difference = group.loc["scope minus method"]
         larger = "scope" if difference["low"] > 0 else "method" if difference["high"] < 0 else "not told apart"
         lines.append({"sparsity": f"{sparsity:.0%}", "measure": gains.titled(measure), **cells, "larger": larger})
@@ -106,18 +110,29 @@ def parts_panels(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def parts_reading(found: pd.DataFrame, rival: str, model: str, method: str = "r-sparse") -> str:
-    """In words, per measure: is there a gain, are its parts told from zero, and which of them is the larger."""
+    """In words: in how many comparisons there is a lead, and to which of its parts more of it is owed."""
     who = f"{NAMES[method]} against {NAMES[rival]} on `{model}`"
     if found.empty:
         return f"{who}: at no budget were all parts measured."
-    said = {}
-    for measure, here in found.groupby("measure", sort=False):
-        words = "above zero", "below zero", "not told from zero"
-        told = [f"the {part} is {by_sign(here[here['part'] == part], words)}" for part in list(PARTS)[:3]]
-        larger = "the scope part is larger", "the method part is larger", "the two parts are not told apart"
-        said[measure] = "; ".join([*told, by_sign(here[here["part"] == "scope minus method"], larger)])
-    sentences = [f"{text[0].upper()}{text[1:]}." for text in gains.by_measure(said)]
-    return f"{who}. {' '.join(sentences)}"
+    gain = found[found["part"] == "gain"]
+    said = gains.tally(gain, ("ahead", "behind", "not told apart"))
+    return f"{who}: {said}. {_owed(found, gain[gain['low'] > 0])}"
+
+
+def _owed(found: pd.DataFrame, led: pd.DataFrame) -> str:
+    """To which part more of the lead is owed, over the comparisons `led`, those with a lead."""
+    if led.empty:
+        return "There is no lead to split."
+    keys = ["sparsity", "measure"]
+    parts = found[found["part"] == "scope minus method"].merge(led[keys], on=keys)
+    if (parts["high"] < 0).all():
+        return "Wherever it is ahead, more of the lead is owed to the method than to the scope."
+    if (parts["low"] > 0).all():
+        return "Wherever it is ahead, more of the lead is owed to the scope than to the method."
+    if not ((parts["high"] < 0) | (parts["low"] > 0)).any():
+        return "Where it is ahead, which of the two parts is the larger is not told."
+    words = "the scope part is the larger", "the method part is the larger", "the two parts are not told apart"
+    return f"Where it is ahead: {gains.tally(parts, words)}."
 
 
 def scopes(rows: pd.DataFrame, against: str) -> pd.DataFrame:
@@ -132,12 +147,9 @@ def scopes_panels(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def scopes_reading(found: pd.DataFrame, against: str, model: str) -> str:
-    """In words, per method and measure: is the wider scope better at the same budget?"""
+    """In words, per method: in how many comparisons the wider scope is better at the same budget."""
     if found.empty:
         return f"On `{model}`, no budget was measured in both scopes."
     words = "better", "worse", "not told apart"
-    parts = []
-    for method, here in found.groupby("method", sort=False):
-        said = {measure: by_sign(part, words) for measure, part in here.groupby("measure", sort=False)}
-        parts.append(f"{NAMES[method]} is, {'; '.join(gains.by_measure(said))}.")
-    return f"On all linears of `{model}` instead of {SCOPES[against]} alone, at the same budget: {' '.join(parts)}"
+    said = [f"{NAMES[method]} is {gains.tally(here, words)}" for method, here in found.groupby("method", sort=False)]
+    return f"On all linears of `{model}` instead of {SCOPES[against]} alone, at the same budget: {'; '.join(said)}."

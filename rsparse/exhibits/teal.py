@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from rsparse import greedy, models, shapes
-from rsparse.apply import restore
 from rsparse.calibrate import MAGNITUDE
 from rsparse.exhibits import paired
 from rsparse.models import KINDS, DecoderLinear, decoder_linears
@@ -106,7 +105,7 @@ def choose(study: Study, plan: Plan) -> None:
         key = {"what": "greedy", "plan": [asdict(plan.settings(s)[1]) for s in plan.descending], "seed": seed}
         key |= {"study": study.identity}
         if study.table.find(key) is None:
-            linears, calibration = decoder_linears(_dense(study)), study.calibration(seed)
+            linears, calibration = decoder_linears(study.dense()), study.calibration(seed)
             found = {s: greedy.sparsities(calibration, linears, s) for s in plan.descending}
             costs = [{"what": "greedy", "seconds": x, "tokens": n} for n, x in calibration.searched]
             calibration.searched.clear()
@@ -138,7 +137,7 @@ def activations(study: Study, plan: Plan, published: pd.DataFrame) -> dict[tuple
     seed, s = plan.seeds[0], study.sources
     key = {"what": "activations", "layers": list(plan.layers), "seed": seed, "study": study.identity}
     if (kept := study.table.find(key)) is None:
-        model, calibration = _dense(study), study.calibration(seed)
+        model, calibration = study.dense(), study.calibration(seed)
         places = [x for x in decoder_linears(model) if x.kind in ("q", "o", "gate", "down")]  # one for each site
         with study.costing("calibrate", calibration.ids.numel()) as costs:
             calibration.gather([(x, MAGNITUDE) for x in places])
@@ -180,10 +179,3 @@ def _histogram(statistics: ScoreStatistics) -> list[list[float]]:
     shares = statistics.below((scale * edges).float())
     density, centres = shares.diff() / edges.diff(), (edges[1:] + edges[:-1]) / 2
     return [[float(f"{value:.4g}") for value in row.tolist()] for row in (centres, density)]
-
-
-def _dense(study: Study) -> torch.nn.Module:
-    """The study's model with nothing on it."""
-    study.bench.applied = None
-    restore(study.model)
-    return study.model

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from rsparse import paper
+from rsparse.exhibits import gains
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 SHOTS = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "gsm8k": 5, "piqa": 0, "winogrande": 5}
@@ -21,6 +22,8 @@ MEASURES = {  # name -> (metric, task or None for the average, unit, sign of bet
     "accuracy": ("diff_acc_or_norm", None, "points", 1),
     "the margin": ("diff_margin", None, "nats", 1),
 }
+NEAR = 1.0
+"""Points: a realised sparsity that is further from the planned one is named in words."""
 
 
 def average(rows: pd.DataFrame) -> str:
@@ -30,7 +33,14 @@ def average(rows: pd.DataFrame) -> str:
 
 def average_name(rows: pd.DataFrame) -> str:
     """The average in words, for an axis."""
-    return f"average accuracy of {AVERAGES.get(average(rows), 'no task')}"
+    return f"accuracy, {AVERAGES.get(average(rows), 'no task')}"
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Measured rows with a column `line` that names dense, uniform and greedy, for `figures.quality`."""
+    measured = rows[rows["against"].isna() & rows["method"].isin(list(LABELS))]
+    order = measured["method"].map(list(LABELS).index)
+    return measured.assign(line=measured["method"].map(LABELS)).loc[order.sort_values(kind="stable").index]
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -52,6 +62,25 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             "windows": int(perplexity["n"].max()), "seeds": perplexity["seed"].nunique(),
         })  # fmt: skip
     return pd.DataFrame(found)
+
+
+def realised_reading(rows: pd.DataFrame, model: str) -> str:
+    """Where the realised sparsity of held-out text is further than `NEAR` from the planned one, and how near the
+    others are; with the calibration that set the thresholds."""
+    part = rows[rows["against"].isna() & (rows["metric"] == "perplexity") & (rows["method"] != "dense")]
+    found = 100 * part.groupby(["sparsity", "method"])[["planned", "realised"]].mean()
+    gap = (found["realised"] - found["planned"]).abs()
+    if not (gap > NEAR).any():
+        return f"On `{model}`, realised sparsity is within {gap.max():.1f} points of the planned one everywhere."
+    said = [f"{LABELS[method]} at {sparsity:.0%} ({row['realised']:.2f}% where {row['planned']:.2f}% were planned)"
+            for (sparsity, method), row in found[gap > NEAR].iterrows()]  # fmt: skip
+    near = gap[gap <= NEAR]
+    others = f"; all others are within {near.max():.1f} points" if len(near) else ""
+    texts = gains.listed([f"`{name}`" for name in sorted(set(part["calibration"].astype(str)))])
+    return (
+        f"On `{model}`, realised sparsity misses the planned one by more than {NEAR:g} point for {gains.listed(said)}"
+        f"{others}. The thresholds were read on {texts} (text, samples x tokens)."
+    )
 
 
 def _share(value: float, stderr: float) -> str:
@@ -114,6 +143,7 @@ def tasks(rows: pd.DataFrame) -> pd.DataFrame:
     wide = 100 * part.pivot_table(index=["sparsity", "method"], columns="task", values="value")[columns]
     cells = _cells(part)
     named = wide.loc[cells].rename_axis(columns=None).reset_index()
+    named = named.rename(columns={key: f"average of {words}" for key, words in AVERAGES.items()})
     return named.assign(sparsity=[f"{s:.0%}" for s, _ in cells], method=[LABELS[m] for _, m in cells])
 
 
@@ -161,11 +191,44 @@ def allocation_reading(frame: pd.DataFrame, whose: str, near: float = 0.5) -> st
         return f"No sparsities of {whose}."
     sparsity = min(set(frame["sparsity"]), key=lambda s: abs(s - near))
     means = frame[frame["sparsity"] == sparsity].groupby("linear")["value"].mean().sort_values(kind="stable")
-    first, last = means.index[-1], means.index[0]
     return (
-        f"At {sparsity:.0%}, the greedy choice for {whose} takes most from `{first}` ({means.iloc[-1]:.0%} on average) "
-        f"and least from `{last}` ({means.iloc[0]:.0%})."
+        f"At {sparsity:.0%}, the greedy choice for {whose} takes most from {_like(means, means.iloc[-1])} "
+        f"({means.iloc[-1]:.0%} on average) and least from {_like(means, means.iloc[0])} ({means.iloc[0]:.0%})."
     )
+
+
+def _like(means: pd.Series, value: float) -> str:
+    """The kinds whose mean prints as `value` does."""
+    return gains.listed([f"`{kind}`" for kind in KINDS if kind in means and f"{means[kind]:.0%}" == f"{value:.0%}"])
+
+
+# What others report
+
+
+def quoted(reported: pd.DataFrame) -> pd.DataFrame:
+    """Of the cells reported for this exhibit, those that speak of TEAL: its own, and its reruns by others.
+
+    A paper that reports another method and the dense model it is set against says nothing of TEAL.
+    """
+    of_teal = reported["method"].isin([name for name in LABELS if name != "dense"])
+    return reported[reported["paper"].isin(set(reported.loc[of_teal, "paper"]))]
+
+
+def quoted_statements(statements: pd.DataFrame) -> pd.DataFrame:
+    """What is said of TEAL in words, without what this book concluded itself; `read in` says where it was read."""
+    part = statements[(statements["exhibit"] == "teal") & (statements["confidence"] != "inferred")]
+    part = part.assign(**{"read in": part["source"].map(read_in)})
+    return part[["where", "model", "topic", "statement", "read in"]]
+
+
+def read_in(source: str) -> str:
+    """Where a quoted statement was read, without the numbers of texts in a collection; see data/paper/README.md."""
+    places = source.split(";")
+    found = [place.removeprefix("page:") for place in places if place.startswith("page:")]
+    texts = sum(place.startswith("ghtext:") for place in places)
+    if texts:
+        found.append(f"{texts} public GitHub text{'s' if texts > 1 else ''} quoting the paper")
+    return " and ".join(found)
 
 
 def _percent(sparsities: pd.Series) -> str:
