@@ -22,7 +22,7 @@ class Journal:
         if len(lines) > 1:
             if lines[0].decode() != header:
                 raise ValueError(f"{self.path} is the journal of another search; expected one with the same arguments, "
-                                 "model and calibration (--fresh begins anew)")
+                                 "model, precision, calibration and code (--fresh begins anew)")
             for line in lines[1:-1]:  # behind the last line break is what was cut off
                 self._known |= {tuple(key): value for key, value in json.loads(line)}
             self._cut(len(lines[-1]))

@@ -56,7 +56,7 @@ class Table:
         columns: take the place of the rows' own in the table, where one measurement stands for several settings.
         Groups that are neither found nor added do not appear in the table: they are of other parameters.
         """
-        digest = _digest(key)
+        digest = key_digest(key)
         if digest not in self._groups and (found := self._elsewhere(digest)):
             self._write(digest, found)
         if digest in self._groups:
@@ -78,7 +78,7 @@ class Table:
         with None for NaN, which JSON does not have. ValueError for infinity.
         """
         group = _without_nan({"rows": list(rows), "items": items or {}, "costs": list(costs)})
-        digest = _digest(key)
+        digest = key_digest(key)
         self._write(digest, group)
         self._use(digest, columns)
         return group
@@ -157,7 +157,8 @@ def interactive_folder(exhibit: str) -> Path:
     return folder if is_writable(folder) else cache_folder() / "interactive" / exhibit
 
 
-def _digest(key: dict[str, Any]) -> str:
+def key_digest(key: dict[str, Any]) -> str:
+    """Short name of what a key holds."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -28,6 +28,7 @@ from rsparse.decompose import FactorStore, default_store
 from rsparse.evolution import Evolution, Searcher, searched_as
 from rsparse.journal import Journal
 from rsparse.models import DecoderLinear, decoder_linears, fingerprint
+from rsparse.provenance import measuring_hash
 from rsparse.recipe import Ask, Recipe
 from rsparse.trials import BATCH_TOKENS, Trials
 
@@ -148,7 +149,10 @@ class Run:
         self.calibration, self.start = calibration, plan.rhos.index(rho)
         self.trace: list[dict[str, Any]] = []
         self.best = math.inf
-        identity = plan.about | {"batch": self.trials.abreast, "calibration": calibration.key} | dict(about or {})
+        model = calibration.model  # in another precision, on another device or by other code losses differ
+        made = {"dtype": str(model.dtype), "device": model.device.type, "code": measuring_hash()}
+        made |= {"batch": self.trials.abreast, "calibration": calibration.key}
+        identity = plan.about | made | dict(about or {})
         self.journal: Journal | dict = Journal(journal, identity) if journal else {}
         self.bar = tqdm(desc="search", unit="candidate", leave=False)
 
@@ -197,7 +201,8 @@ class Run:
                 keys = [(str(index), repr(candidate)) for candidate in batch]
                 found += self._kept(keys, lambda asks=asks: self.trials.losses(asks))
                 for candidate, loss in zip(batch, found[-len(batch) :], strict=True):
-                    self._note(index, cost if candidate not in seen else 0.0, loss)
+                    if candidate not in seen:  # coordinate search asks again for the best so far, which costs nothing
+                        self._note(index, cost, loss)
                     seen.add(candidate)
             return found
 

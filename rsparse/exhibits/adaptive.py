@@ -7,8 +7,6 @@ Everything is judged on text that no search has seen.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from rsparse.calibrate import Calibration
 from rsparse.evolution import Coordinate, Evolution, RandomSearch, Searcher
 from rsparse.exhibits import paired
 from rsparse.recipe import Ask, Recipe
+from rsparse.results import key_digest
 from rsparse.study import DENSE, Setting, Study, describe, paired_rows
 
 SEARCHERS = ("evolution", "random", "coordinate", "moving")
@@ -244,8 +243,7 @@ def _by_linear(names: Iterable[str], rhos: Sequence[float]) -> dict[str, list]:
 def _search(study: Study, asked: search.Plan, text: Text, uniform: bool, key: dict[str, Any]) -> search.Found:
     model = study.dense()
     ids = texts.token_ids(text.source, "calibration", study.tokenizer, text.samples, text.length, asked.seed)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    journal = study.table.folder / f"search-{digest}.jsonl"
+    journal = study.table.folder / f"search-{key_digest(key)}.jsonl"
     run = search.uniform if uniform else search.search
     found = run(Calibration(model, ids), asked, study.store, journal)
     journal.unlink()
