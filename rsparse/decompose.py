@@ -13,10 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rsparse.files import atomic_path
 from rsparse.paths import cache_folder
+
+ALIGNED = 8
+"""Columns whose 16-bit rows begin at 16 bytes: matrix products of other widths miss a GPU's fast path."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class Factors:
     def leading(self, rank: int) -> Factors:
         """The first `rank` components (a view)."""
         return Factors(self.A[:, :rank], self.B[:, :rank])
+
+    def padded(self) -> Factors:
+        """With columns of zeros behind, up to a multiple of `ALIGNED`."""
+        missing = -self.rank % ALIGNED
+        return Factors(pad(self.A, (0, missing)), pad(self.B, (0, missing))) if missing else self
 
     def to(self, *target: torch.dtype | torch.device) -> Factors:
         """Both factors in another dtype or on another device."""

@@ -76,7 +76,7 @@ class SparseLinear(Masked):
     """R-Sparse's linear (arXiv 2504.19449, equation 5); input sparsity (TEAL) is the case rank 0.
 
     dense: the wrapped linear, weight (m, n), of any kind that has in_features and out_features.
-    split: kept channels and rank. factors: A (m, r), B (n, r), needed when the rank is not 0.
+    split: kept channels and rank. factors: A (m, r), B (n, r), needed when the rank is not 0; held padded.
     The other arguments are those of `Masked`.
 
     kept = 0 skips the sparse path; non-finite inputs surface in the output on every path.
@@ -94,6 +94,7 @@ class SparseLinear(Masked):
         super().__init__(dense, split, protocol, norms, threshold)
         if (split.rank > 0) != (factors is not None):
             raise ValueError(f"rank is {split.rank}; expected factors exactly when it is not 0")
+        factors = factors and factors.padded()
         self.register_buffer("A", factors and factors.A, persistent=False)
         self.register_buffer("B", factors and factors.B, persistent=False)
 

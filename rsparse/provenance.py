@@ -19,7 +19,7 @@ from rsparse.paths import ROOT
 CODE = ("rsparse", "kernels")
 DATA = ("data/tiny", "data/paper")
 PRESENTING = ("__main__", "batch", "book", "claims", "estimate", "execution", "figures", "gains", "pages", "paper",
-              "predicates", "presets")  # fmt: skip
+              "predicates", "presets", "search_command", "search_cost")  # fmt: skip
 READING = "_reading"
 """Modules whose names end so read finished rows."""
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from rsparse.accounting import Split, split_budget
 from rsparse.calibrate import Calibration, Score, check_dense, hooks, statistics_key
-from rsparse.decompose import FactorStore
+from rsparse.decompose import ALIGNED, FactorStore
 from rsparse.linears import low_rank
 from rsparse.models import DecoderLinear, decoder_linears
 from rsparse.recipe import Ask
@@ -46,27 +46,29 @@ class TrialLinear(nn.Module):
     """y = W s(x) + A B^T (x - s(x)) for several candidates at once; see rsparse.linears for one.
 
     dense: the linear, weight (m, n). norms: weights of the score (n,), or None. choices: one for each candidate whose
-    rows a batch holds, or a single one for all rows. A, B: factors of the largest rank that was `given`.
+    rows a batch holds, or a single one for all rows. A, B: factors of rank `held`, padded.
     """
 
     def __init__(self, dense: nn.Module, norms: Tensor | None = None):
         super().__init__()
         self.dense, self.norms = dense, norms
         self.A = self.B = None
+        self.held = 0
         self.choices: tuple[Choice, ...] = (Choice(-math.inf, 0),)
 
     def give(self, store: FactorStore, rank: int) -> None:
         """Hold the weight's factors of `rank`, and no others."""
-        if rank == (0 if self.A is None else self.A.shape[1]):
+        if rank == self.held:
             return
-        factors = store.get(self.dense.weight.detach(), rank) if rank else None
+        factors = store.get(self.dense.weight.detach(), rank).padded() if rank else None
         self.A, self.B = (factors.A, factors.B) if factors else (None, None)
+        self.held = rank
 
     def check(self, name: str) -> None:
         """ValueError where a candidate asks for more rank than is held."""
-        held, asked = (0 if self.A is None else self.A.shape[1]), max(choice.rank for choice in self.choices)
-        if asked > held:
-            raise ValueError(f"a candidate asks rank {asked} of {name!r}; expected at most {held}, as opened")
+        asked = max(choice.rank for choice in self.choices)
+        if asked > self.held:
+            raise ValueError(f"a candidate asks rank {asked} of {name!r}; expected at most {self.held}, as opened")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (candidates x samples, positions, n) -> (candidates x samples, positions, m)."""
@@ -85,10 +87,12 @@ class TrialLinear(nn.Module):
         return self._by_row([choice.threshold for choice in self.choices], score).to(score.dtype)
 
     def _low_rank(self, x: Tensor, rank: int) -> Tensor:
-        A, B = self.A[:, :rank], self.B[:, :rank]
-        if len({choice.rank for choice in self.choices}) == 1:
+        width = rank + -rank % ALIGNED
+        A, B = self.A[:, :width], self.B[:, :width]
+        ranks = [choice.rank for choice in self.choices]
+        if set(ranks) == {width}:
             return low_rank(x, A, B)
-        used = torch.arange(rank, device=x.device) < self._by_row([choice.rank for choice in self.choices], x)
+        used = torch.arange(width, device=x.device) < self._by_row(ranks, x)
         return nn.functional.linear(nn.functional.linear(x, B.T) * used, A)
 
     def _by_row(self, values: list[float], x: Tensor) -> Tensor:

@@ -36,6 +36,16 @@ def test_factors_against_numpy(shape):
         torch.testing.assert_close(factors.B.T @ factors.B, torch.eye(rank, dtype=torch.float64))
 
 
+def test_padding_adds_components_of_nothing():
+    W = random(24, 20)
+    for rank, width in ((0, 0), (1, 8), (7, 8), (8, 8), (9, 16), (20, 24)):
+        factors = svd_factors(W, rank)
+        padded = factors.padded()
+        assert padded.A.shape == (24, width) and padded.B.shape == (20, width)
+        torch.testing.assert_close(padded.leading(rank).B, factors.B, rtol=0, atol=0)
+        torch.testing.assert_close(padded.A @ padded.B.T, factors.A @ factors.B.T, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
 def test_truncation_is_optimal(shape):
     """Eckart-Young: the squared error is the sum of the squared singular values left out."""
