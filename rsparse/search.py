@@ -266,8 +266,9 @@ class Run:
         return Space(self.plan.rhos, tuple(room))
 
     def _largest_rank(self, linear: DecoderLinear, room: tuple[int, int]) -> int:
-        least = self._sparsity(linear, room[0])
-        return self.trials.split(linear, self.plan.ask(self.plan.rhos[0], least)).rank
+        """Over all steps, as a linear that may read everything has no rank."""
+        asks = [self.plan.ask(self.plan.rhos[0], self._sparsity(linear, i)) for i in range(room[0], room[1] + 1)]
+        return max(self.trials.split(linear, ask).rank for ask in asks)
 
 
 def _groups(linears: Sequence[DecoderLinear], groups: int) -> list[list[DecoderLinear]]:

@@ -108,6 +108,22 @@ def test_a_search_by_its_recipe(build, ids, store, searcher, moves):
         assert min(losses) <= losses[0], "what the group had is its first candidate"
 
 
+def test_every_candidate_of_a_moving_search_can_be_tried(build, ids, store):
+    """Gate holds a quarter of this block's bytes: five steps more leave nothing of it unread, and so no rank."""
+    plan = search.Plan(0.5, SMALL, groups=2, step=0.25, start=1.0, moves=True)
+    run = search.Run(Calibration(build(intermediate_size=256, num_key_value_heads=8), ids), plan, store)
+    with run.trials:
+        for group in run.groups:
+            run.open_group(group)
+            for i, (least, most) in enumerate(run._space(group).room):
+                assert least < 0 < most
+                for steps in range(least, most + 1):
+                    candidate = [(0, steps) if j == i else (4, 0) for j in range(len(group))]
+                    assert math.isfinite(run.trials.losses([run._asks(group, candidate)])[0])
+            gate = group[4].name
+            assert gate.endswith("gate_proj") and run._asks(group, [(0, -5)] * 7)[gate].sparsity == 0
+
+
 def test_the_recipe_is_the_best_of_its_group(build, ids, store):
     """With one group, thresholds are read once: the trace's lowest loss is that of the recipe's linears."""
     model = build()
