@@ -3,7 +3,8 @@
 A rehearsal preset runs the notebooks and the grid of settings of the real one, with few samples. Its journals say
 of every measurement what work it did, for how long, and over how many tokens. Work scales with the tokens and with
 the speed of the GPU; decompositions with its float64 speed; the rest of a notebook's time (loading, figures,
-lm-eval's own part) is taken as it was.
+lm-eval's own part) is taken as it was. A search, of which a rehearsal runs too few candidates to tell, is projected
+from `python -m rsparse search-cost`, which times one at full shape.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ TEAL_ROWS = {  # the same with TEAL's examples before each question; a token tha
     "piqa": (1838, 2, 45), "winogrande": (1267, 2, 170),
 }  # fmt: skip
 
+SEARCH_COSTS = "search-cost"
+"""Folder of the published results with what `python -m rsparse search-cost` measured; one file per shape."""
+SAME_BLOCKS = {"mistral-7b": "llama-3-8b"}
+"""Shape -> one of the same blocks and a larger vocabulary, whose search costs stand for its own."""
+
 KEPT = ("factors of calibrate", "factors of search")
 """Kinds of work that are done once for a model and kept."""
 
@@ -55,13 +61,23 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in variants["whole"].parameters}
     whole = variants["whole"]
     defaults = {exhibit: parameters_of(path) for exhibit, path in exhibits_in(checkout.notebooks).items()}
-    found: dict[str, Any] = {name: _variant(one, whole, defaults, rehearsed) for name, one in variants.items()}
+    shape = load(rehearsal, checkout).parameters[next(iter(rehearsed))]["checkpoint"].removeprefix("random:")
+    searched = next((x for x in search_costs(checkout) if x["shape"] == SAME_BLOCKS.get(shape, shape)), None)
+    found: dict[str, Any] = {
+        name: _variant(one, whole, defaults, rehearsed, searched) for name, one in variants.items()
+    }
     assumed = {"gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
     codes = dict.fromkeys(provenance["code"] for provenance, _ in rehearsed.values())
     found["source"] = {"rehearsal": rehearsal, "code": list(codes)} | assumed
     target = checkout.results / preset / "estimate.json"
     write_json(target, found)
     return target
+
+
+def search_costs(checkout: Checkout = HERE) -> list[dict[str, Any]]:
+    """What `python -m rsparse search-cost` measured, one entry per shape; see rsparse.search_cost for the fields."""
+    paths = sorted((checkout.results / SEARCH_COSTS).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def _rehearsed(folder: Path, exhibit: str, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -73,9 +89,7 @@ def _rehearsed(folder: Path, exhibit: str, preset: str) -> tuple[dict[str, Any],
     provenance = json.loads(path.read_text(encoding="utf-8"))
     groups = read_journal(path.with_suffix(".jsonl")).values()
     costs = [
-        cost | {"from": group.get("from", exhibit), "method": next(iter(group.get("rows", ())), {}).get("method")}
-        for group in groups
-        for cost in group["costs"]
+        cost | {"from": group.get("from", exhibit)} | _of_rows(group) for group in groups for cost in group["costs"]
     ]
     own = sum(cost["seconds"] for cost in costs if cost["from"] == exhibit)
     if own > provenance["seconds"] + 1:
@@ -84,9 +98,15 @@ def _rehearsed(folder: Path, exhibit: str, preset: str) -> tuple[dict[str, Any],
     return provenance | {"rest": max(provenance["seconds"] - own, 0.0), "slower": slower}, costs
 
 
+def _of_rows(group: Mapping[str, Any]) -> dict[str, Any]:
+    row = next(iter(group.get("rows", ())), {})
+    return {name: row.get(name) for name in ("method", "searcher")}
+
+
 def _variant(
-    preset: Preset, whole: Preset, defaults: Mapping[str, dict], rehearsed: Mapping[str, tuple[dict, list[dict]]]
-) -> dict[str, Any]:
+    preset: Preset, whole: Preset, defaults: Mapping[str, dict], rehearsed: Mapping[str, tuple[dict, list[dict]]],
+    searched: Mapping[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
     """The projection of a preset or of its overnight subset; a measurement that two notebooks share is paid once."""
     notebooks: dict[str, Any] = {}
     for exhibit, parameters in preset.parameters.items():
@@ -95,7 +115,10 @@ def _variant(
         own, all_ = defaults[exhibit] | parameters, defaults[exhibit] | whole.parameters[exhibit]
         left_out = _sparsities(all_) - _sparsities(own)
         needed = [x for x in paid if x.get("sparsity") not in left_out]
-        seconds = provenance["rest"] + _scaled(needed, own, provenance["slower"])
+        searches = [x for x in needed if searched and x["what"] == "search"]
+        others = [x for x in needed if x not in searches]
+        seconds = provenance["rest"] + _scaled(others, own, provenance["slower"])
+        seconds += sum(search_seconds(x["searcher"], own, searched) for x in searches)
         measured = {name: provenance[name] for name in ("peak_memory", "gpu_peak_memory", "device")}
         notebooks[exhibit] = {"seconds": round(seconds), **measured}
     return {"notebooks": notebooks, "factors": {"seconds": round(_factors(rehearsed.values()))}}
@@ -162,6 +185,20 @@ def _search_passes(parameters: Mapping[str, Any]) -> float:
     whose candidates run half of the blocks on average. Either counts as both."""
     uniform = 2 * (round(1 / parameters["step"]) + 1)
     return uniform + parameters["population"] * parameters["generations"] * (parameters["groups"] + 1) / 2
+
+
+def search_seconds(searcher: str, parameters: Mapping[str, Any], measured: Mapping[str, Any]) -> float:
+    """Seconds of one search on the target, from what `measured` says of a full pass, a candidate and a group's start.
+
+    The uniform grid takes two passes at every rho. The others evaluate `population` x `generations` candidates per
+    group, whose mean share of a full pass is that of as many groups as were measured.
+    """
+    tokens_ = parameters["search_samples"] * parameters["search_length"]
+    scale = slower_than(measured["device"]) * tokens_ / (measured["samples"] * measured["length"])
+    if searcher == "uniform":
+        return scale * measured["full_pass_s"] * 2 * (round(1 / parameters["step"]) + 1)
+    candidates = parameters["population"] * parameters["generations"] * parameters["groups"]
+    return scale * (candidates * measured["mean_share"] * measured["full_pass_s"] + sum(measured["open_s"]))
 
 
 def decomposition_seconds(cost: Mapping[str, Any], slower: float) -> float:

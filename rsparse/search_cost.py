@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from rsparse import models, search
 from rsparse.calibrate import Calibration
-from rsparse.estimate import TARGET, slower_than
 from rsparse.evolution import Evolution
 from rsparse.files import write_json
 from rsparse.provenance import device_name, gpu_peak_memory, measuring_hash, versions
@@ -81,12 +80,6 @@ def _summary(
         "open_s": list(opened), "mean_share": mean / full, "bound": (groups + 1) / (2 * groups),
         "hours_per_group": per_group, "hours_in_total": total, "paper_hours": PAPER_HOURS,
     }  # fmt: skip
-
-
-def projected(found: dict[str, Any]) -> dict[str, float]:
-    """Hours on an A6000, which is slower by the larger of the ratios of arithmetic and memory speed."""
-    factor = slower_than(found["device"])
-    return {name: factor * found[name] for name in ("hours_per_group", "hours_in_total")} | {TARGET: factor}
 
 
 def _seconds(work: Callable[[], Any], model: torch.nn.Module) -> float:

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import small_checkpoint
 
-from rsparse import claims, paper, predicates
-from rsparse.exhibits import adaptive, adaptive_reading
+from rsparse import claims, estimate, paper, predicates
+from rsparse.exhibits import adaptive, adaptive_reading, search_cost_reading
+from rsparse.paths import Checkout
 from rsparse.predicates import Context
 from rsparse.results import Table
 from rsparse.study import Sources, Study
@@ -287,3 +288,23 @@ def test_what_the_journal_keeps_is_json(measured):
         assert len(search["items"]["rho"]) == len(search["items"]["linear"]) == 14
         assert np.isfinite(search["items"]["loss"]).all()
         assert {"what", "seconds", "tokens", "sparsity"} <= set(search["costs"][-1])
+
+
+# What a search costs
+
+
+def test_what_a_search_costs_in_words(tmp_path):
+    costs = estimate.search_costs()
+    assert {x["shape"] for x in costs} == {"llama-2-7b", "llama-3-8b"}
+    for cost in costs:
+        assert cost["mean_share"] <= cost["bound"] + 0.05 and cost["groups"] >= 8
+        assert cost["mean_share"] == pytest.approx(np.mean(cost["candidate_s"]) / cost["full_pass_s"])
+    table = search_cost_reading.table(costs)
+    assert len(table) == 4 and (table["A6000, projected (h)"] > 6 * table["measured (h)"]).all()
+    assert "no A6000 was used" in search_cost_reading.caption(costs)
+    cost = costs[0] | {"device": "NVIDIA H200", "hours_per_group": 0.1, "hours_in_total": 0.01}
+    assert search_cost_reading.reading([cost]).endswith("its 1 h is more than either.")
+    assert search_cost_reading.reading([cost | {"hours_per_group": 0.3}]).endswith("its 1 h lies between the two.")
+    longer = cost | {"hours_in_total": 0.3, "hours_per_group": 0.4}
+    assert search_cost_reading.reading([longer]).endswith("its 1 h is less.")
+    assert estimate.search_costs(Checkout(tmp_path)) == []

@@ -115,6 +115,27 @@ def test_factors_that_two_notebooks_computed_on_different_machines_are_paid_once
     assert found["whole"]["factors"]["seconds"] == round(SLOWER * (7 + 6 + 4))
 
 
+def test_a_search_takes_what_one_at_full_shape_took(rehearsed):
+    """16 x 2048 tokens as measured: 21 rho twice; 8 groups of 32 x 5 candidates at 0.6 of a pass, and their starts."""
+    folder = rehearsed.run_folder("rehearsal-llama-2-7b") / "results" / "table-4"
+    lines = [
+        {"key": searcher, "rows": [{"method": "r-sparse", "searcher": searcher}], "costs": [cost("search", 9.0, 99)]}
+        for searcher in ("uniform", "evolution", "random")
+    ]
+    (folder / "table-4.jsonl").write_text("\n".join(map(json.dumps, [{"about": {}}, *lines])) + "\n")
+    found = json.loads(project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed).read_text())
+    few = found["whole"]["notebooks"]["table-4"]["seconds"]
+    passes = 42 + 160 * 4.5
+    assert few == pytest.approx(73 + 3 * SLOWER * passes * 16 * 2048 * 9 / 99, rel=1e-6), "without: token by token"
+    (rehearsed.results / "search-cost").mkdir()
+    measured = {"shape": "llama-2-7b", "device": "NVIDIA H100", "samples": 16, "length": 2048, "full_pass_s": 2.0}
+    measured |= {"mean_share": 0.6, "open_s": [10.0] * 8}
+    (rehearsed.results / "search-cost" / "llama-2-7b.json").write_text(json.dumps(measured))
+    found = json.loads(project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed).read_text())
+    expected = 73 + SLOWER * (42 * 2.0 + 2 * (8 * 160 * 0.6 * 2.0 + 80))
+    assert found["whole"]["notebooks"]["table-4"]["seconds"] == pytest.approx(expected, abs=1)
+
+
 def test_the_overnight_subset_pays_for_its_own_settings(rehearsed):
     preset = rehearsed.presets / "a6000-llama-2-7b.yaml"
     subset = {"figure-1-3": {}, "table-3": {"items": 500, "sparsities": [0.5]}}
