@@ -191,8 +191,10 @@ def search_seconds(searcher: str, parameters: Mapping[str, Any], measured: Mappi
     """Seconds of one search on the target, from what `measured` says of a full pass, a candidate and a group's start.
 
     The uniform grid takes two passes at every rho. The others evaluate `population` x `generations` candidates per
-    group, whose mean share of a full pass is that of as many groups as were measured.
+    group. ValueError where it was measured for another number of groups.
     """
+    if parameters["groups"] != measured["groups"]:
+        raise ValueError(f"a search in {parameters['groups']} groups; expected {measured['groups']}, as was measured")
     tokens_ = parameters["search_samples"] * parameters["search_length"]
     scale = slower_than(measured["device"]) * tokens_ / (measured["samples"] * measured["length"])
     if searcher == "uniform":

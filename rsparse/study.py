@@ -367,6 +367,12 @@ TEAL_AVERAGES = {"average-6": tuple(harness.TEAL), "average-4-teal": harness.TIN
 """The averages of TEAL's suites; other suites hold some of these tasks with other examples before them."""
 
 
+def check_some(name: str, values: Sequence[Any], seeds: Sequence[int]) -> None:
+    """ValueError unless a plan has some of `values`, called `name`, and some seeds, all of them whole numbers."""
+    if not values or not seeds or any(type(seed) is not int for seed in seeds):
+        raise ValueError(f"{name} are {values!r}, seeds {seeds!r}; expected some of each, seeds whole numbers")
+
+
 def with_averages(found: dict[str, intervals.Interval]) -> dict[str, intervals.Interval]:
     """Intervals by task, and behind them those of unweighted averages: over all eight, over `FOUR`, over TEAL's."""
     averages = {"average": harness.TASKS, "average-4": FOUR}

@@ -301,10 +301,12 @@ def test_what_a_search_costs_in_words(tmp_path):
         assert cost["mean_share"] == pytest.approx(np.mean(cost["candidate_s"]) / cost["full_pass_s"])
     table = search_cost_reading.table(costs)
     assert len(table) == 4 and (table["A6000, projected (h)"] > 6 * table["measured (h)"]).all()
+    assert table["paper (h)"].notna().tolist() == [True, True, False, False], "said of Llama-2-7B alone"
+    assert search_cost_reading.reading(costs[1:]).endswith("per group.")
     assert "no A6000 was used" in search_cost_reading.caption(costs)
     cost = costs[0] | {"device": "NVIDIA H200", "hours_per_group": 0.1, "hours_in_total": 0.01}
     assert search_cost_reading.reading([cost]).endswith("its 1 h is more than either.")
     assert search_cost_reading.reading([cost | {"hours_per_group": 0.3}]).endswith("its 1 h lies between the two.")
     longer = cost | {"hours_in_total": 0.3, "hours_per_group": 0.4}
-    assert search_cost_reading.reading([longer]).endswith("its 1 h is less.")
+    assert search_cost_reading.reading([longer]).endswith("its 1 h is less than either.")
     assert estimate.search_costs(Checkout(tmp_path)) == []

@@ -129,11 +129,14 @@ def test_a_search_takes_what_one_at_full_shape_took(rehearsed):
     assert few == pytest.approx(73 + 3 * SLOWER * passes * 16 * 2048 * 9 / 99, rel=1e-6), "without: token by token"
     (rehearsed.results / "search-cost").mkdir()
     measured = {"shape": "llama-2-7b", "device": "NVIDIA H100", "samples": 16, "length": 2048, "full_pass_s": 2.0}
-    measured |= {"mean_share": 0.6, "open_s": [10.0] * 8}
+    measured |= {"mean_share": 0.6, "open_s": [10.0] * 8, "groups": 8}
     (rehearsed.results / "search-cost" / "llama-2-7b.json").write_text(json.dumps(measured))
     found = json.loads(project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed).read_text())
     expected = 73 + SLOWER * (42 * 2.0 + 2 * (8 * 160 * 0.6 * 2.0 + 80))
     assert found["whole"]["notebooks"]["table-4"]["seconds"] == pytest.approx(expected, abs=1)
+    (rehearsed.results / "search-cost" / "llama-2-7b.json").write_text(json.dumps(measured | {"groups": 4}))
+    with pytest.raises(ValueError, match="in 8 groups; expected 4"):
+        project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)
 
 
 def test_the_overnight_subset_pays_for_its_own_settings(rehearsed):

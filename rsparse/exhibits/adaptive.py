@@ -21,7 +21,7 @@ from rsparse.evolution import Coordinate, Evolution, RandomSearch, Searcher
 from rsparse.exhibits import paired
 from rsparse.recipe import Ask, Recipe
 from rsparse.results import key_digest
-from rsparse.study import DENSE, Setting, Study, describe, paired_rows
+from rsparse.study import DENSE, Setting, Study, check_some, describe, paired_rows
 
 SEARCHERS = ("evolution", "random", "coordinate", "moving")
 """evolution: Algorithm 1. random: its control. coordinate: linear by linear over the whole grid. moving: evolution that
@@ -58,9 +58,7 @@ class Plan:
     transfer: bool
 
     def __post_init__(self) -> None:
-        if not self.sparsities or not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            asked = f"sparsities are {self.sparsities!r}, seeds {self.seeds!r}"
-            raise ValueError(f"{asked}; expected some of each, seeds whole numbers")
+        check_some("sparsities", self.sparsities, self.seeds)
         if tuple(self.searchers[:1]) != ("evolution",) or set(self.searchers) - set(SEARCHERS):
             raise ValueError(f"searchers are {self.searchers!r}; expected evolution first, then of {SEARCHERS[1:]}")
         for name in ("samples", "length"):
@@ -208,14 +206,16 @@ def recipes(study: Study, plan: Plan) -> pd.DataFrame:
 def released(study: Study, path: str) -> pd.DataFrame:
     """The authors' recipe, from the file `path` of the reader's clone: columns layer, linear, rho.
 
-    Empty without a path, and where the file does not fit the study's model.
+    Empty without a path, and, with attrs["why"], where the file does not fit the study's model.
     """
     if not path:
         return pd.DataFrame(_by_linear([], []))
     try:
         recipe = Recipe.from_rsparse_list(Path(path), study.model)
-    except ValueError:
-        return pd.DataFrame(_by_linear([], []))
+    except ValueError as error:
+        found = pd.DataFrame(_by_linear([], []))
+        found.attrs["why"] = str(error)
+        return found
     return pd.DataFrame(_by_linear(recipe.linears, [x.rho for x in recipe.linears.values()]))
 
 

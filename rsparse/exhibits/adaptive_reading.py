@@ -265,7 +265,9 @@ def released_reading(released: pd.DataFrame, path: str, quoted: pd.DataFrame, mo
         mean = f"the mean is {released['rho'].mean():.3f}"
         return f"In the authors' list, {ones} of {len(released)} rho are exactly 1; {mean}."
     values = quoted.set_index("metric")["value"]
-    why = f"The file given does not fit `{model}`" if path else "This run was given no clone of the authors' code"
+    why = "This run was given no clone of the authors' code"
+    if path:
+        why = f"The file given does not fit `{model}` ({released.attrs['why']})"
     return (f"{why}. Quoted of their list, for {quoted['model'].iloc[0]} at {quoted['sparsity'].iloc[0]:.0%}: "
             f"{values['linears_rho_1']:.0f} of {values['linears']:.0f} rho are exactly 1, the mean is "
             f"{values['rho_mean']:.3f}.")  # fmt: skip

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rsparse.exhibits import paired
 from rsparse.methods import METHODS
-from rsparse.study import DENSE, Setting, Study
+from rsparse.study import DENSE, Setting, Study, check_some
 from rsparse.thresholds import SCORES
 
 NATIVE = {("cats", 0.22): 0.4, ("griffin", 0.33): 0.5}
@@ -39,10 +39,7 @@ class Plan:
     seeds: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not self.methods or not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise ValueError(
-                f"methods are {self.methods!r}, seeds {self.seeds!r}; expected some of each, seeds whole numbers"
-            )
+        check_some("methods", self.methods, self.seeds)
         if "r-sparse" not in self.methods:
             raise ValueError(f"methods are {self.methods!r}; expected r-sparse, which the others are set against")
         if bad := [s for s in self.sparsities if s == 0]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rsparse import intervals
 from rsparse.exhibits import paired
-from rsparse.study import DENSE, Setting, Study, describe
+from rsparse.study import DENSE, Setting, Study, check_some, describe
 from rsparse.thresholds import SCORES
 
 
@@ -36,10 +36,7 @@ class Plan:
     seeds: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not self.sparsities or not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise ValueError(
-                f"sparsities are {self.sparsities!r}, seeds {self.seeds!r}; expected some of each, seeds whole numbers"
-            )
+        check_some("sparsities", self.sparsities, self.seeds)
         for sparsity in (*self.sparsities, *self.score_sparsities):
             self.methods(sparsity), self.sweep(sparsity)
         if 0 in self.sparsities or self.rho in (0, 1):

@@ -20,7 +20,7 @@ from rsparse.calibrate import MAGNITUDE
 from rsparse.exhibits import paired
 from rsparse.models import KINDS, DecoderLinear, decoder_linears
 from rsparse.protocol import Tokens, check_tokens
-from rsparse.study import DENSE, Setting, Study, describe
+from rsparse.study import DENSE, Setting, Study, check_some, describe
 from rsparse.thresholds import ScoreStatistics
 
 SUITES = ("teal", "tiny-teal")
@@ -46,10 +46,7 @@ class Plan:
     suite: str
 
     def __post_init__(self) -> None:
-        if not self.sparsities or not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise ValueError(
-                f"sparsities are {self.sparsities!r}, seeds {self.seeds!r}; expected some of each, seeds whole numbers"
-            )
+        check_some("sparsities", self.sparsities, self.seeds)
         if 0 in self.sparsities:
             raise ValueError(f"sparsities are {self.sparsities}; expected none of 0, dense is measured anyway")
         if self.suite not in SUITES:

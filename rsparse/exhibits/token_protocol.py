@@ -16,7 +16,7 @@ from rsparse.exhibits import paired
 from rsparse.exhibits.paired import Arm
 from rsparse.protocol import PUBLISHED, Tokens, check_tokens
 from rsparse.recipe import Recipe
-from rsparse.study import DENSE, Setting, Study
+from rsparse.study import DENSE, Setting, Study, check_some
 
 HEADLINE = "scored"
 RULES: dict[str, Tokens] = {
@@ -50,10 +50,7 @@ class Plan:
     seeds: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not self.methods or not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise ValueError(
-                f"methods are {self.methods!r}, seeds {self.seeds!r}; expected some of each, seeds whole numbers"
-            )
+        check_some("methods", self.methods, self.seeds)
         if self.sparsity == 0:
             raise ValueError("sparsity is 0; expected a budget above 0, where a rule could matter")
         for name in self.rules:
