@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: GPU kernels run on the CPU, slowly
+
 from rsparse.models import random_model, shape_config
 
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=100)

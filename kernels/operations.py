@@ -1,0 +1,203 @@
+"""The operations that a decoder calls: each picks what computes by device and number of tokens, and says which it took.
+
+`rsparse_kernels::gemv` and `rsparse_kernels::neurons` are registered with torch.library, with fake implementations, for
+torch.compile and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from kernels import cpu, packing, reference
+from kernels.packing import Packed
+
+MOST_TOKENS = {"cuda": 1, "cpu": 2}
+"""Tokens up to which rows are gathered, unless a module says more."""
+UNION = 0.5
+"""Share of the rows that the tokens of a batch may want together for gathering to pay: measured on H100s, 44% of the
+rows for two tokens took 0.7 of the dense product's time, 57% for eight and 68% for four took all of it."""
+
+
+def gathered_tokens(sparsity: float, most: int = 8) -> int:
+    """Tokens, up to `most`, of independent masks that want at most `UNION` of the rows together; at least 1."""
+    return max([1] + [tokens for tokens in range(2, most + 1) if 1 - sparsity**tokens <= UNION])
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Gemv(nn.Module):
+    """y = W s(x) + A B^T (x - s(x)) + b of `packed`, for x (..., n) -> (..., m), or (..., m / 2) where `gated`:
+    SiLU of the first of two segments of one width, times the second.
+
+    norm: (weight, eps) of an RMS norm that x passes first. configuration: of the Triton kernel. most_tokens: rows are
+    gathered for so many at most (`gathered_tokens` knows how many pay), else MOST_TOKENS of the device. A module's
+    launches share memory: it must not run on two streams at once.
+
+    ValueError for x of another width, dtype or device, and for segments that cannot be gated.
+    """
+
+    def __init__(self, packed: Packed, gated: bool = False, norm: tuple[Tensor, float] | None = None,
+                 configuration=None, most_tokens: int | None = None):  # fmt: skip
+        super().__init__()
+        if gated and (len(packed.widths) != 2 or packed.widths[0] != packed.widths[1]):
+            raise ValueError(f"segments are {packed.widths} wide; expected two of one width, to be gated")
+        if norm is not None and (norm[0].shape != (packed.channels,) or norm[0].dtype != packed.dtype):
+            raise ValueError(
+                f"the norm's weight is {tuple(norm[0].shape)}, {norm[0].dtype}; expected ({packed.channels},), "
+                f"{packed.dtype}"
+            )
+        self.packed, self.gated, self.norm = packed, gated, norm
+        int4, device = packed.scales is not None, packed.table.device.type
+        self.most_tokens = MOST_TOKENS.get(device, 0) if most_tokens is None else most_tokens
+        if int4:
+            self.most_tokens = min(self.most_tokens, 1 if device == "cuda" else 0)
+        self.configuration, self.work = None, ()
+        if self.takes(1) == "triton":
+            from kernels import triton_gemv
+
+            self.configuration = configuration or triton_gemv.Configuration()
+            made = triton_gemv.workspace(packed, self.configuration, max(1, self.most_tokens))
+            self.work = (made.partial, made.z, made.flags, made.scratch)
+
+    def takes(self, tokens: int) -> str:
+        """What computes for so many tokens: "triton", "cpu" or "dense", the plain product of s(x)."""
+        device = self.packed.table.device.type
+        if tokens > self.most_tokens or (device == "cuda" and not has_triton()):
+            return "dense"
+        return "triton" if device == "cuda" else "cpu"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: added to y, of its shape."""
+        packed = self.packed
+        if x.shape[-1] != packed.channels or x.dtype != packed.dtype or x.device != packed.table.device:
+            raise ValueError(
+                f"x is {tuple(x.shape)}, {x.dtype} on {x.device}; expected (..., {packed.channels}), "
+                f"{packed.dtype} on {packed.table.device}"
+            )
+        rows = x.reshape(-1, packed.channels).contiguous()
+        if residual is not None:
+            residual = residual.reshape(len(rows), -1).contiguous()
+        front, eps = self.norm or (None, 0.0)
+        y = torch.ops.rsparse_kernels.gemv(
+            rows, packed.table, packed.A, packed.B, packed.ranks, packed.thresholds, packed.scales, packed.norms,
+            packed.bias, front, eps, residual, list(packed.widths), self.gated, self.takes(len(rows)),
+            self.configuration.numbers() if self.configuration else [], list(self.work),
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.packed.channels} -> {self.packed.widths}, {self.takes(1)}, {self.configuration}"
+
+
+class Neurons(nn.Module):
+    """The first half of an MLP, of the neurons that a token needs: gate and up (m, n) as stored, x (..., n) -> (.., m).
+
+    CATS: neurons whose |SiLU(gate x)| is above `threshold`. GRIFFIN: the `chosen` ones, int32 (k,), for every token.
+    norm: (weight, eps) of an RMS norm that x passes first. ValueError where the two weights differ in shape.
+    """
+
+    def __init__(self, gate: Tensor, up: Tensor, threshold: float = float("-inf"), chosen: Tensor | None = None,
+                 norm: tuple[Tensor, float] | None = None):  # fmt: skip
+        super().__init__()
+        if gate.shape != up.shape or gate.dtype != up.dtype:
+            raise ValueError(
+                f"gate is {tuple(gate.shape)}, {gate.dtype} and up {tuple(up.shape)}, {up.dtype}; expected the same"
+            )
+        within = chosen is None or (chosen.dtype == torch.int32 and 0 <= chosen.min() <= chosen.max() < len(gate))
+        if not within:
+            raise ValueError(f"chosen neurons are {chosen.dtype}; expected int32, 0 to {len(gate) - 1}")
+        self.gate, self.up, self.threshold, self.chosen, self.norm = gate, up, threshold, chosen, norm
+
+    def takes(self, tokens: int) -> str:
+        """ "triton" or "dense", as for `Gemv`."""
+        return "triton" if self.gate.device.type == "cuda" and has_triton() and tokens == 1 else "dense"
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        front, eps = self.norm or (None, 0.0)
+        y = torch.ops.rsparse_kernels.neurons(
+            rows, self.gate, self.up, self.threshold, self.chosen, front, eps, self.takes(len(rows))
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op("rsparse_kernels::gemv", mutates_args=("work",))
+def _gemv(
+    x: Tensor, table: Tensor, A: Tensor, B: Tensor, ranks: Tensor, thresholds: Tensor, scales: Tensor | None,
+    norms: Tensor | None, bias: Tensor | None, front: Tensor | None, eps: float, residual: Tensor | None,
+    widths: list[int], gated: bool, path: str, configuration: list[int], work: list[Tensor],
+) -> Tensor:  # fmt: skip
+    packed = Packed(table, A, B, ranks, thresholds, tuple(widths), x.shape[1], norms, bias, scales)
+    if path == "triton":
+        from kernels import triton_gemv
+
+        chosen = triton_gemv.Configuration.of(configuration)
+        return triton_gemv.gemv(x, packed, gated, chosen, triton_gemv.Workspace(*work), front, eps, residual)
+    if front is not None:
+        x = reference.rms_norm(x, front, eps)
+    y = cpu.gemv(x, packed) if path == "cpu" else dense(x, packed)
+    return finish(y, packed, gated, residual)
+
+
+@_gemv.register_fake
+def _(x, table, A, B, ranks, thresholds, scales, norms, bias, front, eps, residual, widths, gated, path, configuration,
+      work):  # fmt: skip
+    return x.new_empty(len(x), sum(widths) // 2 if gated else sum(widths))
+
+
+@torch.library.custom_op("rsparse_kernels::neurons", mutates_args=())
+def _neurons(x: Tensor, gate: Tensor, up: Tensor, threshold: float, chosen: Tensor | None, front: Tensor | None,
+             eps: float, path: str) -> Tensor:  # fmt: skip
+    if path == "triton":
+        from kernels.triton_neurons import neurons
+
+        return neurons(x[0], gate, up, threshold, chosen, front, eps)[None]
+    if front is not None:
+        x = reference.rms_norm(x, front, eps)
+    if chosen is None:
+        return reference.cats(x, gate, up, threshold)
+    return reference.chosen(x, gate, up, chosen.long())
+
+
+@_neurons.register_fake
+def _(x, gate, up, threshold, chosen, front, eps, path):
+    return x.new_empty(len(x), len(gate))
+
+
+def dense(x: Tensor, packed: Packed) -> Tensor:
+    """The segments side by side, without their bias, from dense products of s(x) and x - s(x): (tokens, n) ->
+    (tokens, m). Reads every weight once."""
+    n, found, at, columns = packed.channels, [], 0, 0
+    for i, (m, wide) in enumerate(zip(packed.widths, packed.padded, strict=True)):
+        keep = ~(reference.scores(x, None if packed.norms is None else packed.norms[i]) <= packed.thresholds[i])
+        own, z = torch.where(keep, x, 0), torch.where(keep, 0, x) @ packed.B[i].T
+        if packed.table.ndim == 2:
+            found.append(own @ packing.weights(packed, i) + z @ packed.A[:, columns : columns + m])
+            columns += wide
+        else:
+            chunks = packed.table[at : at + -(-m // packed.table.shape[2])]
+            at += len(chunks)
+            found.append(torch.cat([own @ c[:n] + z @ c[n:] for c in chunks], dim=1)[:, :m])
+    return torch.cat(found, dim=1)
+
+
+def finish(y: Tensor, packed: Packed, gated: bool, residual: Tensor | None) -> Tensor:
+    """Bias, activation product and residual, as one launch of the Triton kernel applies them."""
+    if packed.bias is not None:
+        y = y + packed.bias.to(y.dtype)
+    if gated:
+        gate, up = y.chunk(2, dim=1)
+        y = silu(gate) * up
+    return y if residual is None else y + residual

@@ -1,0 +1,84 @@
+"""Seconds of a call, measured so that weights come from memory: calls rotate over copies that outgrow every cache."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+CACHES = {"cuda": 128e6, "cpu": 256e6}
+"""Bytes that no cache holds."""
+CALLS = 40
+"""Of one CUDA graph."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Quantiles of the seconds of one call."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def copies(bytes_: float, device: str) -> int:
+    """How many weights of `bytes_` to rotate over."""
+    return max(2, math.ceil(CACHES[device] / max(bytes_, 1)) + 1)
+
+
+def measure(calls: Sequence[Callable[[], object]], device: str, repeats: int = 20, in_graph: int = CALLS) -> Times:
+    """Times of `calls`, which do the same on weights of their own; the first round is dropped.
+
+    in_graph: calls of one CUDA graph.
+    """
+    found = _graph(calls, repeats, in_graph) if device == "cuda" else _clock(calls, repeats)
+    p20, *_, p80 = statistics.quantiles(found, n=5) if len(found) > 1 else found * 2
+    return Times(p20, statistics.median(found), p80)
+
+
+def _clock(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    for call in calls:
+        call()
+    found = []
+    for i in range(repeats):
+        started = time.perf_counter()
+        calls[i % len(calls)]()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def _graph(calls: Sequence[Callable[[], object]], repeats: int, in_graph: int) -> list[float]:
+    """One launch of a host costs more than a small kernel: a graph of many is replayed and its time divided."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(in_graph):
+            calls[i % len(calls)]()
+    found = []
+    for i in range(repeats + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            found.append(begin.elapsed_time(end) / 1e3 / in_graph)
+    return found
+
+
+def bandwidth(device: str, bytes_: int = 1 << 30) -> float:
+    """Bytes per second that a plain reading of memory reaches here."""
+    data = torch.ones(bytes_ // 4, device=device)
+    if device == "cuda":
+        parts = data.chunk(4)
+        return bytes_ / 4 / measure([part.sum for part in parts], device).p20
+    return bytes_ / measure([data.sum], device, 5).p20

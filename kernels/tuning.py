@@ -1,0 +1,96 @@
+"""Which configuration a launch takes: measured once per device, shape and sparsity, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from kernels import timing
+from kernels.operations import Gemv
+from kernels.packing import Packed
+
+KINDS = {
+    "16 bit": ((64, 32, 1, False), (64, 32, 2, False), (64, 32, 1, True)),
+    "32 bit": ((32, 32, 1, False), (64, 32, 2, False), (32, 32, 1, True)),
+    "int4": ((256, 16, 1, True), (256, 16, 2, True)),
+}
+"""Storage -> columns, rows, warps and whether listed. Rows of 128 bytes, as many in flight as registers hold."""
+SPLITS = (6, 8, 12, 16, 24, 32, 56)
+
+
+def storage(packed: Packed) -> str:
+    """A key of `KINDS`."""
+    return "int4" if packed.scales is not None else f"{8 * packed.dtype.itemsize} bit"
+
+
+def candidates(packed: Packed) -> list:
+    """Configurations worth trying."""
+    from kernels.triton_gemv import Configuration
+
+    most = packed.channels // 64
+    return [
+        Configuration(columns, rows, splits, warps, listed)
+        for (columns, rows, warps, listed), splits in product(KINDS[storage(packed)], SPLITS)
+        if splits <= most or splits == SPLITS[0]
+    ]
+
+
+def cache_path() -> Path:
+    """``$RSPARSE_CACHE/kernels.json``, or in ``~/.cache/rsparse``."""
+    return Path(os.environ.get("RSPARSE_CACHE") or Path.home() / ".cache" / "rsparse") / "kernels.json"
+
+
+def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: float):
+    """The fastest of `candidates` on `weights`, copies of one shape, for x (tokens, n) of the given sparsity; from the
+    cache where it was measured before."""
+    from kernels.triton_gemv import Configuration
+
+    key, known = _key(weights[0], gated, len(x), sparsity), _read()
+    if key not in known:
+        seconds = {}
+        for candidate in candidates(weights[0]):
+            operations = [Gemv(packed, gated, None, candidate, len(x)) for packed in weights]
+            seconds[candidate] = timing.measure([lambda o=o: o(x) for o in operations], "cuda", 5).p50
+        known = _read() | {key: asdict(min(seconds, key=seconds.__getitem__))}
+        _write(known)
+    return Configuration(**known[key])
+
+
+def _key(packed: Packed, gated: bool, tokens: int, sparsity: float) -> str:
+    device = torch.cuda.get_device_name(packed.table.device)
+    shape = f"{'+'.join(map(str, packed.widths))}x{packed.channels} r{packed.B.shape[1]}{' gated' * gated}"
+    kind = f"{storage(packed)} {packed.dtype}"
+    return f"{_kernels()} | {device} | {torch.version.cuda} | {kind} | {shape} | {tokens} | {sparsity:.2f}"
+
+
+@cache
+def _kernels() -> str:
+    """A choice holds for the kernels that it was measured with."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("triton_*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _read() -> dict[str, dict]:
+    try:
+        return json.loads(cache_path().read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _write(known: dict[str, dict]) -> None:
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(known, file, indent=1)
+    os.replace(file.name, path)

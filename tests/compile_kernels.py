@@ -1,0 +1,125 @@
+"""Compile the Triton kernels for GPUs that are not here; prints what was built as JSON. A program of its own: the other
+tests run under Triton's interpreter, which has to be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import triton_gemv, triton_neurons
+from kernels.packing import Packed, Segment, pack
+from kernels.quantized import GROUP, Quantized
+from kernels.triton_gemv import Configuration
+from kernels.tuning import KINDS
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+empty = partial(torch.empty, device="meta")
+
+
+def packed_of(dtype: torch.dtype, int4: bool, all_options: bool, segments: int) -> Packed:
+    """q/k/v, gate and up, or one linear, of a large model's sizes, without memory."""
+    m, n, r = 4096, 11008, 51
+    weight = empty(m, n, dtype=dtype)
+    if int4:
+        weight = Quantized(empty(m, n, dtype=torch.uint8), empty(m, n // GROUP, dtype=dtype))
+    factors = (empty(m, r, dtype=dtype), empty(n, r, dtype=dtype))
+    options = (empty(n), empty(m)) if all_options else (None, None)
+    return pack([Segment(weight, 0.5, *factors, *options)] * segments, chunked=False)
+
+
+def gemv(dtype: torch.dtype, configuration: Configuration, int4: bool, tokens: int, all_options: bool,
+         segments: int) -> tuple[dict, dict]:  # fmt: skip
+    """Arguments and constants of a launch."""
+    packed = packed_of(dtype, int4, all_options, segments)
+    grid = triton_gemv.grid_of(packed, configuration, tokens)
+    x, gated = empty(tokens, packed.channels, dtype=dtype), segments == 2
+    y = empty(tokens, packed.rows // (1 + gated), dtype=dtype)
+    front, residual = (x[0], y) if all_options else (None, None)
+    work = triton_gemv.workspace(packed, configuration, tokens)
+    given = triton_gemv.arguments(x, packed, grid, work, y, front, 1e-5, residual)
+    return given, triton_gemv.constants(packed, gated, configuration, grid, all_options, all_options)
+
+
+def neurons(dtype: torch.dtype, chosen: bool) -> tuple[dict, dict]:
+    m, n = 11008, 4096
+    x, weight, y = empty(n, dtype=dtype), empty(m, n, dtype=dtype), empty(m, dtype=dtype)
+    list_ = empty(m // 2, dtype=torch.int32) if chosen else None
+    given = dict(x=x, gate=weight, up=weight, list_=list_, front=x, y=y, threshold=0.1, eps=1e-5, n=n, count=m)
+    return given, dict(
+        CHOSEN=chosen, FRONT=True, ROWS=triton_neurons.ROWS, WIDTH=triton_neurons.WIDTH,
+        NORM_WIDTH=4096 // dtype.itemsize,
+    )  # fmt: skip
+
+
+def build(kernel, arch: int, given: dict, constants: dict, warps: int):
+    """`kernel` as a launch with `given` would compile it."""
+    constants = constants | {name: value for name, value in given.items() if value is None}
+    constants |= {"CHAINED": arch >= 90} | ({"INTERPRETED": False} if "INTERPRETED" in kernel.arg_names else {})
+    signature, attributes = {}, {}
+    plain = {kernel.arg_names.index(x) if isinstance(x, str) else x for x in kernel.do_not_specialize or ()}
+    for place, name in enumerate(kernel.arg_names):
+        value = given.get(name)
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(place,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if place not in plain and isinstance(value, int) and value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places, attributes)
+    options = {"num_warps": warps}
+    if kernel is triton_gemv._gemv and warps == 1:
+        options["maxnreg"] = triton_gemv.MOST_REGISTERS
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def launches() -> Iterator[tuple[str, object, dict, dict, int]]:
+    """(what, kernel, arguments, constants, warps) of all that a decoder can ask for."""
+    for dtype, int4 in product((torch.float32, torch.float16, torch.bfloat16), (False, True)):
+        name = "int4 " * int4 + TYPES[dtype]
+        kinds = KINDS["int4" if int4 else f"{8 * dtype.itemsize} bit"]
+        for i, (columns, rows, warps, listed) in enumerate(kinds):
+            configuration = Configuration(columns, rows, 16, warps, listed)
+            for tokens in (1,) if int4 or listed else (1, 4):
+                given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + tokens) % 3)
+                yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, warps
+        if not int4:
+            for chosen in (False, True):
+                yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen), triton_neurons.WARPS
+
+
+def resources(kernel) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills, as the assembler reports them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    return int(told.split("REG:")[1].split()[0]), int(told.split("STACK:")[1].split()[0])
+
+
+def main() -> None:
+    built = []
+    for arch, (what, kernel, given, constants, warps) in product(map(int, sys.argv[1:]), list(launches())):
+        made = build(kernel, arch, given, constants, warps)
+        registers, spilled = resources(made)
+        built.append({"arch": arch, "what": what, "shared": made.metadata.shared, "registers": registers,
+                      "spilled": spilled, "wide": "v4.b32" in made.asm["ptx"]})  # fmt: skip
+    print(json.dumps(built))
+
+
+if __name__ == "__main__":
+    main()

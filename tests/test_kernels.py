@@ -1,0 +1,438 @@
+"""The rank-aware product: every path against float64 on the same mask, what it refuses, and what surfaces.
+
+Without a GPU the Triton kernel runs under its interpreter (see conftest), on the GPU's layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import bench, cpu, inputs, operations, packing, quantized, reference, shapes, triton_gemv
+from kernels.operations import Gemv, Neurons
+from kernels.packing import Segment, pack
+from kernels.triton_gemv import Configuration
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+THRESHOLDS = (-math.inf, 0.0, 0.4, 1.0, 2.5, math.inf)
+
+
+@st.composite
+def problems(draw):
+    """(x, segments, gated): up to three linears on tokens x, of sizes that are no multiple of anything."""
+    gated = draw(st.booleans())
+    count = 2 if gated else draw(st.integers(1, 3))
+    width = draw(st.integers(1, 150))
+    widths = [width] * count if gated else [draw(st.integers(1, 150)) for _ in range(count)]
+    n, dtype = draw(st.integers(1, 200)), draw(st.sampled_from(list(EPS)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    options = draw(st.booleans())
+    segments = [
+        segment(m, n, draw(st.integers(0, 9)), draw(st.sampled_from(THRESHOLDS)), dtype, generator, options, options)
+        for m in widths
+    ]
+    x = torch.randn(draw(st.sampled_from([1, 1, 1, 3])), n, generator=generator)
+    x[torch.rand(x.shape, generator=generator) < 0.1] = 0.4  # ties with a threshold
+    return x.to(dtype), segments, gated
+
+
+def segment(m, n, rank, threshold, dtype, generator, norms=False, bias=False) -> Segment:
+    def drawn(*size):
+        return torch.randn(size, generator=generator)
+
+    factors = (None, None)
+    if rank:
+        factors = ((drawn(m, rank) / math.sqrt(rank)).to(dtype), (drawn(n, rank) / math.sqrt(n)).to(dtype))
+    weighting, bias = drawn(n).abs() + 0.5 if norms else None, drawn(m) if bias else None
+    return Segment((drawn(m, n) / math.sqrt(n)).to(dtype), threshold, *factors, weighting, bias)
+
+
+def exact(x, segments, gated):
+    """float64, on the masks of x as it is."""
+    parts = [reference.linear(x.double(), one, reference.kept(x, one)) for one in segments]
+    return torch.nn.functional.silu(parts[0]) * parts[1] if gated else torch.cat(parts, dim=-1)
+
+
+def wrong_by(y, expected) -> float:
+    return float((y.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def check(y, x, segments, gated):
+    expected = exact(x, segments, gated)
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    typical = max(expected.norm(), expected.numel() ** 0.5)  # outputs are of unit variance; some draws cancel
+    assert (y.double() - expected).norm() < 16 * EPS[x.dtype] * typical
+
+
+# Every path
+
+
+@settings(max_examples=1000)
+@given(problems())
+def test_gathered_rows_on_a_cpu(problem):
+    x, segments, gated = problem
+    packed = pack(segments, chunked=True)
+    check(operations.finish(cpu.gemv(x, packed), packed, gated, None), *problem)
+
+
+@settings(max_examples=150)
+@given(problems())
+def test_the_plain_product_of_both_layouts(problem):
+    x, segments, gated = problem
+    for chunked in (True, False):
+        packed = pack(segments, chunked)
+        check(operations.finish(operations.dense(x, packed), packed, gated, None), *problem)
+
+
+@settings(max_examples=1000 if GPU else 200)
+@given(problems(), st.booleans(), st.integers(1, 4), st.sampled_from([64] if GPU else [64, 128]))
+def test_one_launch_on_a_gpu(problem, listed, splits, columns):
+    """Twice in one workspace: the same bits, and nothing left behind in the flags."""
+    x, segments, gated = problem
+    packed = pack([to(one) for one in segments], chunked=False)
+    configuration = Configuration(columns, 16, splits, 1, listed)
+    work = triton_gemv.workspace(packed, configuration, len(x))
+    first, second = (triton_gemv.gemv(x.to(DEVICE), packed, gated, configuration, work) for _ in range(2))
+    assert torch.equal(first, second) and not work.flags.any()
+    check(first.cpu(), *problem)
+
+
+def to(one: Segment) -> Segment:
+    """On the device that runs Triton."""
+    weight = one.weight
+    if isinstance(weight, quantized.Quantized):
+        weight = quantized.Quantized(weight.codes.to(DEVICE), weight.scales.to(DEVICE))
+    moved = {name: value.to(DEVICE) for name, value in vars(one).items() if isinstance(value, torch.Tensor)}
+    return Segment(**(vars(one) | {"weight": weight} | moved))
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_errors_are_those_of_a_dense_product(dtype):
+    """Norm-wise over many draws: at most twice that of torch's dense product in float32, 1.2 times in 16 bits."""
+    generator, ours, theirs = torch.Generator().manual_seed(0), [], []
+    for _ in range(20):
+        one = segment(256, 1024, 8, 0.7, dtype, generator)
+        x = torch.randn(1024, generator=generator).to(dtype)
+        ours.append(wrong_by(cpu.gemv(x[None], pack([one]))[0], exact(x, [one], False)))
+        theirs.append(wrong_by(one.weight @ x, one.weight.double() @ x.double()))
+    most = 2.0 if dtype == torch.float32 else 1.2
+    assert torch.tensor(ours).square().mean().sqrt() <= most * torch.tensor(theirs).square().mean().sqrt()
+
+
+# What surfaces, what is zero
+
+
+def paths(segments, gated=False):
+    """name -> function of x (tokens, n)."""
+    flat = pack(segments, chunked=False)
+
+    def one_launch(x, listed):
+        configuration = Configuration(64, 16, 3, 1, listed)
+        return torch.stack([
+            triton_gemv.gemv(row[None], flat, gated, configuration, triton_gemv.workspace(flat, configuration))[0]
+            for row in x
+        ])  # fmt: skip
+
+    return {
+        "cpu": lambda x: cpu.gemv(x, pack(segments, chunked=True)),
+        "dense": lambda x: operations.dense(x, flat),
+        "masked": lambda x: one_launch(x, False),
+        "listed": lambda x: one_launch(x, True),
+    }
+
+
+@pytest.mark.skipif(GPU, reason="CPU tensors under the interpreter")
+@pytest.mark.parametrize("path", ["cpu", "dense", "masked", "listed"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_extremes(path, rank):
+    generator = torch.Generator().manual_seed(0)
+    one = segment(40, 30, rank, 0.8, torch.float32, generator)
+    run = paths([one])[path]
+    x = torch.randn(30, generator=generator)
+    assert not run(torch.zeros(1, 30)).any()
+    for value in (math.nan, math.inf, -math.inf):
+        bad = x.clone()
+        bad[7] = value
+        assert not run(bad[None]).isfinite().any(), "surfaces in every output"
+    dropped = paths([Segment(one.weight, math.inf, one.A, one.B)])[path]
+    expected = torch.zeros(40) if not rank else one.A @ (one.B.T @ x)
+    torch.testing.assert_close(dropped(x[None])[0], expected, rtol=1e-5, atol=1e-6)
+    assert not dropped(torch.full((1, 30), math.inf)).isfinite().any()
+    whole = paths([Segment(one.weight, -math.inf, one.A, one.B)])[path]
+    torch.testing.assert_close(whole(x[None])[0], one.weight @ x, rtol=1e-5, atol=1e-6)
+    tie = torch.zeros(1, 30)
+    tie[0, 3], tie[0, 4] = 0.8, -0.8
+    expected = torch.zeros(40) if not rank else (tie[0] @ one.B) @ one.A.T
+    torch.testing.assert_close(run(tie)[0], expected, rtol=1e-5, atol=1e-6, msg="at the threshold, dropped")
+
+
+# The operation
+
+
+def test_the_operation_picks_its_path_and_says_which():
+    generator = torch.Generator().manual_seed(1)
+    segments = [segment(m, 64, 3, 0.6, torch.float32, generator, bias=True) for m in (50, 20, 20)]
+    module = Gemv(pack(segments))
+    assert (module.takes(1), module.takes(2), module.takes(3)) == ("cpu", "cpu", "dense") and "cpu" in repr(module)
+    x = torch.randn(2, 4, 64, generator=generator)
+    expected = torch.cat([reference.linear(x, one) for one in segments], dim=-1)
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module(x[0, 0]), expected[0, 0], rtol=1e-5, atol=1e-5)
+    strided = torch.randn(64, 2, generator=generator)[:, 0]
+    expected = torch.cat([reference.linear(strided, one) for one in segments])
+    torch.testing.assert_close(module(strided), expected, rtol=1e-5, atol=1e-5)
+    other = Gemv(module.packed.with_thresholds([-math.inf] * 3))
+    whole = torch.cat([one.weight @ strided + one.bias for one in segments])
+    torch.testing.assert_close(other(strided), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["cpu", "dense"])
+def test_the_operation_is_registered_as_torch_asks(path):
+    packed = pack([segment(m, 32, 2, 0.5, torch.float32, torch.Generator().manual_seed(m)) for m in (24, 24)])
+    x = torch.randn(1, 32)
+    work = [torch.zeros(1)]
+    arguments = (x, packed.table, packed.A, packed.B, packed.ranks, packed.thresholds, None, None, None, x[0], 1e-5,
+                 torch.randn(1, 24), [24, 24], True, path, [], work)  # fmt: skip
+    torch.library.opcheck(torch.ops.rsparse_kernels.gemv.default, arguments)
+
+
+@pytest.mark.parametrize("chosen", [None, torch.tensor([1, 4], dtype=torch.int32)])
+def test_neurons_are_registered_as_torch_asks(chosen):
+    gate, up = torch.randn(2, 6, 8)
+    arguments = (torch.randn(2, 8), gate, up, 0.1, chosen, None, 0.0, "dense")
+    torch.library.opcheck(torch.ops.rsparse_kernels.neurons.default, arguments)
+
+
+def test_under_torch_compile():
+    module = Gemv(pack([segment(48, 32, 2, 0.5, torch.float32, torch.Generator().manual_seed(0))]))
+    compiled = torch.compile(lambda x: module(x).relu(), fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 32)
+    torch.testing.assert_close(compiled(x), module(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: [], "no segments"),
+        (lambda a: [a.replace(weight=a.one.weight.double())], "float64"),
+        (lambda a: [a.one, a.replace(weight=torch.randn(5, 9))], "expected 8 channels"),
+        (lambda a: [a.one, a.replace(weight=a.one.weight.half())], "float16"),
+        (lambda a: [a.replace(B=None)], "one factor"),
+        (lambda a: [a.replace(A=torch.randn(5, 3))], "expected (6, r)"),
+        (lambda a: [a.replace(norms=torch.ones(6))], "expected (8,)"),
+        (lambda a: [a.replace(bias=torch.ones(8))], "expected (6,)"),
+        (lambda a: [a.replace(threshold=math.nan)], "expected a number"),
+    ],
+)
+def test_segments_that_cannot_be_packed(change, said):
+    class Made:
+        one = segment(6, 8, 2, 0.5, torch.float32, torch.Generator())
+
+        def replace(self, **fields):
+            return Segment(**(vars(self.one) | fields))
+
+    with pytest.raises(ValueError) as error:
+        pack(change(Made()))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "said"), [(torch.ones(1, 7), "(1, 7)"), (torch.ones(8).double(), "float64"), (torch.ones(8, 1), "(8, 1)")]
+)
+def test_inputs_that_do_not_fit(x, said):
+    module = Gemv(pack([segment(6, 8, 2, 0.5, torch.float32, torch.Generator())]))
+    with pytest.raises(ValueError) as error:
+        module(x)
+    assert said in str(error.value) and "expected (..., 8)" in str(error.value)
+
+
+def test_what_cannot_be_gated_or_cut():
+    one = segment(6, 8, 2, 0.5, torch.float32, torch.Generator())
+    with pytest.raises(ValueError, match="two of one width"):
+        Gemv(pack([one]), gated=True)
+    for field in ("columns", "rows", "splits", "warps"):
+        with pytest.raises(ValueError, match=f"{field} is 0"):
+            Configuration(**{field: 0})
+    with pytest.raises(ValueError, match="rows is 24"):
+        Configuration(rows=24)
+
+
+# A norm in front, a residual behind
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("path", ["triton", "module"])
+def test_a_norm_in_front_and_a_residual_behind(tokens, path):
+    """As Llama's norm, product and addition one after another."""
+    generator = torch.Generator().manual_seed(3)
+    segments = [segment(40, 96, 4, 0.7, torch.float32, generator, norms=True) for _ in range(2)]
+    x, residual = torch.randn(tokens, 96, generator=generator), torch.randn(tokens, 40, generator=generator)
+    norm = torch.rand(96, generator=generator) + 0.5
+    expected = exact(reference.rms_norm(x, norm, 1e-5), segments, True) + residual
+    if path == "module":
+        found = Gemv(pack(segments), True, (norm, 1e-5))(x, residual)
+    else:
+        packed, cut = pack([to(one) for one in segments], chunked=False), Configuration(32, 16, 3, 1, False)
+        work = triton_gemv.workspace(packed, cut, tokens)
+        given = (norm.to(DEVICE), 1e-5, residual.to(DEVICE))
+        found = triton_gemv.gemv(x.to(DEVICE), packed, True, cut, work, *given).cpu()
+    assert wrong_by(found, expected) < 12 * EPS[torch.float32]
+
+
+# INT4
+
+
+def test_codes_are_the_nearest_and_survive_gptqs_layout():
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    found = quantized.round_to_nearest(weight)
+    steps = found.scales.repeat_interleave(128, dim=1)
+    assert ((found.dequantized() - weight).abs() <= 0.5 * steps * (1 + 1e-5)).all()
+    rows = found.codes.T.reshape(-1, 8, 24).int()  # eight inputs of one output in a word
+    qweight = sum(rows[:, k] << 4 * k for k in range(8))
+    again = quantized.from_gptq(qweight, found.scales.T, torch.arange(256) // 128)
+    assert torch.equal(again.codes, found.codes) and torch.equal(again.scales, found.scales)
+    with pytest.raises(ValueError, match="reorders"):
+        quantized.from_gptq(qweight, found.scales.T, torch.arange(256).flip(0) // 128)
+    with pytest.raises(ValueError, match="200 inputs"):
+        quantized.round_to_nearest(torch.randn(4, 200))
+    with pytest.raises(ValueError, match="one scale per output"):
+        quantized.Quantized(found.codes, found.scales[:, :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("threshold", [-math.inf, 0.8, math.inf])
+@pytest.mark.parametrize("widths", [(300,), (70, 260), (40, 40)])
+def test_int4(dtype, threshold, widths):
+    """The kernel and the dequantised product against float64, on a table of words."""
+    generator, gated = torch.Generator().manual_seed(1), widths == (40, 40)
+    segments = [int4(segment(m, 384, 5, threshold, dtype, generator, norms=True, bias=True)) for m in widths]
+    x = torch.randn(1, 384, generator=generator).to(dtype)
+    packed, cut = pack([to(one) for one in segments]), Configuration(256, 16, 2, 1, True)
+    assert packed.table.dtype == torch.int32 and packed.nbytes < 0.8 * sum(m * 384 for m in packed.padded)
+    work = triton_gemv.workspace(packed, cut)
+    first, second = (triton_gemv.gemv(x.to(DEVICE), packed, gated, cut, work) for _ in range(2))
+    assert torch.equal(first, second) and not work.flags.any()
+    check(first.cpu(), x, segments, gated)
+    module = Gemv(packed, gated, most_tokens=0)
+    assert module.takes(1) == "dense"
+    check(module(x.to(DEVICE)).cpu(), x, segments, gated)
+    for i, one in enumerate(segments):
+        torch.testing.assert_close(packing.weights(packed, i).T.cpu(), one.weight.dequantized())
+
+
+def int4(one: Segment) -> Segment:
+    return Segment(**(vars(one) | {"weight": quantized.round_to_nearest(one.weight)}))
+
+
+def test_int4_keeps_to_its_own():
+    one = segment(8, 128, 0, 0.5, torch.float32, torch.Generator())
+    with pytest.raises(ValueError, match="segment 1 is Tensor; expected Quantized"):
+        pack([int4(one), one])
+    packed = pack([int4(one)])
+    with pytest.raises(ValueError, match="2 tokens; expected 1 to 1"):
+        triton_gemv.workspace(packed, Configuration(), 2)
+
+
+# Neurons of an MLP
+
+
+@pytest.mark.parametrize("chosen", [None, [0, 3, 36]])
+@pytest.mark.parametrize("norm", [False, True])
+def test_neurons(chosen, norm):
+    from kernels.triton_neurons import neurons
+
+    generator = torch.Generator().manual_seed(2)
+    gate, up = torch.randn(2, 37, 600, generator=generator).double() / 24
+    x = torch.randn(600, generator=generator).double()
+    weight = torch.rand(600, generator=generator).double() + 0.5
+    list_ = None if chosen is None else torch.tensor(chosen, dtype=torch.int32)
+    given = reference.rms_norm(x, weight, 1e-5) if norm else x
+    cats = chosen is None
+    expected = reference.cats(given, gate, up, 0.3) if cats else reference.chosen(given, gate, up, list_.long())
+    assert 0 < (expected == 0).sum() < 37
+    front = (weight.float(), 1e-5) if norm else None
+    module = Neurons(gate.float(), up.float(), 0.3, list_, front)
+    assert module.takes(1) == "dense"
+    given = [y if y is None else y.to(DEVICE) for y in (x.float(), gate.float(), up.float(), list_)]
+    front = (weight.float().to(DEVICE), 1e-5) if norm else (None, 0.0)
+    for found in (module(x.float()), neurons(*given[:3], 0.3, given[3], *front).cpu()):
+        assert torch.equal(found == 0, expected == 0)
+        assert wrong_by(found, expected) < 12 * EPS[torch.float32]
+
+
+def test_neurons_that_do_not_fit():
+    gate = torch.ones(4, 8)
+    with pytest.raises(ValueError, match="expected the same"):
+        Neurons(gate, torch.ones(5, 8))
+    with pytest.raises(ValueError, match="int32, 0 to 3"):
+        Neurons(gate, gate, chosen=torch.tensor([4], dtype=torch.int32))
+
+
+# The benchmark
+
+
+def test_the_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(shapes.SIZES, "llama-2-7b", (64, 96, 32))
+    monkeypatch.setitem(bench.timing.CACHES, "cpu", 1e3)
+    monkeypatch.setattr(bench.timing, "bandwidth", lambda *_: 1e10)
+    path = tmp_path / "out.json"
+    asked = ["--device", "cpu", "--repeats", "3", "--inputs", "heavy", "--batch", "1", "2", "--json", str(path)]
+    assert bench.main([*asked, "--chain", "--breakdown"]) == 0
+    found = json.loads(path.read_text())
+    assert [x["linear"] for x in found["rows"]] == 2 * ["qkv", "o", "gate+up", "down", "chain"]
+    for row in found["rows"]:
+        assert row["over torch"] == pytest.approx(row["torch us"] / row["ours us"]) and row["sparsity"] == 0.5
+        if row["linear"] != "chain":
+            assert 0.2 * row["dense bytes"] < row["bytes"] < 0.9 * row["dense bytes"] and row["sparse path us"] > 0
+    assert "geometric means" in capsys.readouterr().out and found["about"]["torch"] == torch.__version__
+    for wrong in (["--sparsity", "1.5"], ["--batch", "17"], ["--dtype", "int4", "--batch", "2"]):
+        with pytest.raises(SystemExit):
+            bench.main(wrong)
+    with pytest.raises(ValueError, match="shape is 'llama'"):
+        shapes.fused("llama")
+
+
+@pytest.mark.parametrize("kind", inputs.KINDS)
+def test_inputs(kind):
+    """As many values as asked for, the same for one seed; real activations are heavier-tailed than Gaussian ones."""
+    drawn = [inputs.draw(kind, (4, 20000), torch.Generator().manual_seed(0), "llama-3-8b", "down") for _ in range(2)]
+    assert torch.equal(*drawn) and drawn[0].shape == (4, 20000) and drawn[0].isfinite().all()
+    kurtosis = (drawn[0] ** 4).mean() / (drawn[0] ** 2).mean() ** 2
+    assert (kurtosis > 4) == (kind != "gaussian")
+
+
+def test_inputs_that_are_not_published():
+    with pytest.raises(ValueError, match="inputs are 'flat'"):
+        inputs.draw("flat", (3,), torch.Generator())
+    with pytest.raises(ValueError, match="published for 'llama-9'"):
+        inputs.draw("published", (3,), torch.Generator(), "llama-9", "o")
+
+
+def test_a_bench_reads_the_budget_it_is_asked_for():
+    """Half of the bytes at any rho, up to what is rounded down; and with factors of four times the weights' width."""
+    one = shapes.fused("llama-3-8b")[0]
+    m, n = one.widths[1], one.channels
+    for rho in (0.0, 0.5, 0.95, 1.0):
+        for ratio in (1.0, 4.0):
+            share, rank = bench.split(m, n, 0.5, rho, ratio)
+            assert share * m * n + rank * ratio * (m + n) == pytest.approx(0.5 * m * n)
+            assert share - 0.5 * rho < 0.02
+
+
+def test_how_many_tokens_are_gathered():
+    assert [operations.gathered_tokens(s) for s in (0.0, 0.5, 0.75, 0.9, 0.99)] == [1, 1, 2, 6, 8]
+
+
+def test_a_model_of_packed_linears_is_held_once():
+    """What a table holds beyond the weights and their factors is a few percent."""
+    one = segment(1024, 512, 8, 0.5, torch.bfloat16, torch.Generator())
+    asked = one.weight.nbytes + one.A.nbytes + one.B.nbytes
+    for chunked in (True, False):
+        assert pack([one] * 3, chunked).nbytes < 1.02 * 3 * asked

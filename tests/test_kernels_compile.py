@@ -1,0 +1,28 @@
+"""Every Triton kernel and configuration compiles for the GPUs of the users, none of which is needed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90])
+def test_every_configuration_compiles(arch):
+    """For sm_80, sm_86 (A6000) and sm_90; at most 99 KB of shared memory, 16-byte loads, next to nothing spilled."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(script.parents[1])
+    done = subprocess.run(
+        [sys.executable, script, str(arch)], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    built = json.loads(done.stdout)
+    assert {x["what"].split(" [")[0] for x in built} >= {"fp32 1", "fp16 1", "bf16 1", "bf16 4", "int4 bf16 1"}
+    assert max(x["shared"] for x in built) <= 99 * 1024
+    assert max(x["spilled"] for x in built) <= 128
+    assert all(x["wide"] for x in built), "weights are read 16 bytes at a time"
