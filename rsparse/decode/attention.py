@@ -1,0 +1,78 @@
+"""Rotary embedding and grouped-query attention over the static cache, for a prompt and for one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def rotary(model: nn.Module) -> nn.Module:
+    """The rotary embedding that the configuration of a Hugging Face `model` asks for, on its device: their own module,
+    built anew, so that neither casts of the model nor longer texts before have a say."""
+    return type(model.model.rotary_emb)(config=model.config).to(model.model.embed_tokens.weight.device)
+
+
+@torch.no_grad()
+def angles(rotary: nn.Module, like: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, head_dim) of the positions 0.., dtype and device of `like`."""
+    cos, sin = rotary(like, torch.arange(length, device=like.device)[None])
+    return cos[0], sin[0]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (batch, heads, positions, head_dim) turned by the angles of its positions; cos, sin (positions, head_dim)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of a whole prompt, (batch, heads, positions, head_dim); k and v have kv_heads.
+
+    window: how many of the last positions are seen, or None.
+    """
+    positions = q.shape[2]
+    if window is None or window >= positions:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    at = torch.arange(positions, device=q.device)
+    seen = (at <= at[:, None]) & (at > at[:, None] - window)
+    groups = q.shape[1] // k.shape[1]  # the kernels that take a mask take no groups
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The cache's positions that one token attends to: first..last - 1, of those where `mask` (1, last - first)
+    is True, or all of them."""
+
+    first: int
+    last: int
+    mask: Tensor | None = None
+
+    @classmethod
+    def exactly(cls, position: int, window: int | None) -> Seen:
+        """What the token at `position` sees, and nothing else."""
+        return cls(0 if window is None else max(0, position + 1 - window), position + 1)
+
+    @classmethod
+    def within(cls, position: Tensor, span: int, window: int | None) -> Seen:
+        """The first `span` positions, masked by where `position` (1,) lies on the device: a shape that many
+        positions share."""
+        at = torch.arange(span, device=position.device)[None]
+        mask = at <= position
+        return cls(0, span, mask if window is None else mask & (at > position - window))
+
+
+def step_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
+    """Attention of one token over the cache: q (batch, heads, head_dim), keys and values (batch, kv_heads, length,
+    head_dim) -> (batch, heads, head_dim).
+
+    The heads of a group are laid where a prompt has its positions: no key is repeated, and any kernel will do.
+    """
+    batch, heads, width = q.shape
+    grouped = q.view(batch, keys.shape[1], -1, width)
+    k, v = keys[:, :, seen.first : seen.last], values[:, :, seen.first : seen.last]
+    return scaled_dot_product_attention(grouped, k, v, attn_mask=seen.mask).reshape(batch, heads, width)

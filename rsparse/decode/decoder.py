@@ -1,0 +1,115 @@
+"""A Llama or Mistral decoder over a static cache: a whole prompt at once, then one token at a time.
+
+The weights are those of the Hugging Face model, referenced; the arithmetic is Hugging Face's, norms and softmax in its
+precisions, so that tokens can be compared with it one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rsparse.decode.architecture import Architecture
+from rsparse.decode.attention import Seen, angles, prompt_attention, rotary, rotate, step_attention
+from rsparse.decode.cache import Cache
+from rsparse.decode.projections import Builder, Projections
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: two norms, and the products for the prompt and for a single token."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    prompt: Projections
+    step: Projections
+
+
+class Decoder:
+    """Hugging Face's `model`, causal LM and all, as blocks that `builder` made.
+
+    Holds its tensors and modules but not the model itself. compiled: whether `torch.compile` fuses what lies between
+    the products of a single token's block; one compilation serves all blocks.
+    """
+
+    def __init__(self, model: nn.Module, builder: Builder, compiled: bool = False):
+        self.architecture = Architecture.of(model.config)
+        self.epsilon = model.config.rms_norm_eps
+        self.embedding = model.model.embed_tokens.weight.detach()
+        self.norm, self.lm_head = model.model.norm.weight.detach(), model.lm_head.weight.detach()
+        self.blocks = [self._block(layer, builder) for layer in model.model.layers]
+        self._rotary = rotary(model)
+        self.cos = self.sin = self.embedding.new_empty(0, self.architecture.head_dim)
+        self._step = torch.compile(block_step) if compiled else block_step
+
+    def _block(self, layer: nn.Module, builder: Builder) -> Block:
+        found = Block(
+            layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), *builder(layer)
+        )
+        if self.embedding.is_cuda:
+            torch.cuda.empty_cache()  # what fusing freed, in pieces too small for the next layer's product
+        return found
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of `length` positions for `batch` rows; the table of angles grows with it."""
+        length_of_table = min(length, self.architecture.positions)
+        if len(self.cos) < length_of_table:
+            self.cos, self.sin = angles(self._rotary, self.embedding, length_of_table)
+        return Cache(self.architecture, batch, length, self.embedding.dtype, self.embedding.device)
+
+    def prompt(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Fill the empty `cache` with `ids` (batch, length); logits (batch, vocabulary) of the last position."""
+        a, (batch, length) = self.architecture, ids.shape
+        x = F.embedding(ids, self.embedding)
+        cos, sin = self.cos[:length], self.sin[:length]
+        for index, block in enumerate(self.blocks):
+            heads = block.prompt.qkv(rms_norm(x, block.attention_norm, self.epsilon))
+            heads = heads.view(batch, length, -1, a.head_dim).transpose(1, 2)
+            q, k, v = heads.split([a.heads, a.kv_heads, a.kv_heads], dim=1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            for stored, new in zip(cache.layer(index), (k, v), strict=True):
+                stored[:, :, :length] = new
+            heads = prompt_attention(q, k, v, a.window).transpose(1, 2).reshape(batch, length, -1)
+            x = x + block.prompt.out(heads)
+            x = x + block.prompt.down(block.prompt.gated(rms_norm(x, block.mlp_norm, self.epsilon)))
+        cache.filled = length
+        return self._logits(x[:, -1])
+
+    def step(self, tokens: Tensor, position: Tensor, cache: Cache, seen: Seen) -> Tensor:
+        """Logits (batch, vocabulary) after `tokens` (batch,), all at `position` (1,), of which the cache keeps keys
+        and values. Nothing here waits for the device."""
+        x = F.embedding(tokens[:, None], self.embedding)
+        cos, sin = self.cos.index_select(0, position), self.sin.index_select(0, position)
+        for index, block in enumerate(self.blocks):
+            x = self._step(self, block, x, cos, sin, position, *cache.layer(index), seen)
+        return self._logits(x[:, 0])
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(rms_norm(x, self.norm, self.epsilon), self.lm_head)
+
+
+def block_step(
+    decoder: Decoder, block: Block, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor,
+    values: Tensor, seen: Seen,
+) -> Tensor:  # fmt: skip
+    """x (batch, 1, hidden) through one block; its key and value go to `position` of keys and values, in place."""
+    a, step, batch = decoder.architecture, block.step, len(x)
+    heads = step.qkv(rms_norm(x, block.attention_norm, decoder.epsilon))
+    heads = heads.view(batch, -1, 1, a.head_dim)
+    q, k, v = heads.split([a.heads, a.kv_heads, a.kv_heads], dim=1)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    keys.index_copy_(2, position, k)
+    values.index_copy_(2, position, v)
+    heads = step_attention(q.squeeze(2), keys, values, seen)
+    x = x + step.out(heads.reshape(batch, 1, -1))
+    return x + step.down(step.gated(rms_norm(x, block.mlp_norm, decoder.epsilon)))
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x (..., n) over its root mean square, times weight (n,): in float32 whatever the dtype, as Hugging Face does."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+

@@ -1,0 +1,134 @@
+"""The four products of a decoder block, which are what a sparse model or a kernel exchanges.
+
+    qkv    x -> q, k, v side by side
+    out    the heads' outputs -> their sum's share of the residual stream
+    gated  x -> act(gate x) * up x
+    down   neurons -> the residual stream
+
+Any callable will do that maps (batch, positions, in) to (batch, positions, out). A builder makes two sets of a block,
+for the prompt and for single tokens; where both are the same object, weights are held once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The products of one block."""
+
+    qkv: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor], Tensor]
+    gated: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+
+Builder = Callable[[nn.Module], tuple[Projections, Projections]]
+"""A Hugging Face decoder layer -> its products for the prompt, and for one token."""
+
+
+class Fused(nn.Module):
+    """Linears that read one x as one product.
+
+    The weight is held once: the linears' own parameters become views of its rows, so that the Hugging Face model
+    computes what it did, bit for bit, and writing to either writes to both. While it is made, the parts of this one
+    product are in memory twice.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]):
+        super().__init__()
+        self.weight = _side_by_side([x.weight for x in linears])
+        biases = [x.bias for x in linears if x.bias is not None]
+        if biases and len(biases) < len(linears):
+            raise ValueError(f"{len(biases)} of {len(linears)} linears that share an input have a bias; expected all")
+        self.bias = _side_by_side(biases) if biases else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> (..., sum of m)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class FusedGate(Fused):
+    """act(gate x) * up x from one product."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, act: nn.Module):
+        super().__init__([gate, up])
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> (..., neurons)."""
+        gate, up = super().forward(x).chunk(2, dim=-1)
+        return self.act(gate) * up
+
+
+class Separate(nn.Module):
+    """Modules that read one x, each by itself, side by side."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+class SeparateGate(nn.Module):
+    """act(gate x) * up x from the modules as they hang."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, act: nn.Module):
+        super().__init__()
+        self.gate, self.up, self.act = gate, up, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.gate(x)) * self.up(x)
+
+
+def dense(layer: nn.Module) -> tuple[Projections, Projections]:
+    """Of a dense decoder layer: two fused products and two plain ones, for every token."""
+    attention, mlp = layer.self_attn, layer.mlp
+    found = Projections(
+        Fused([attention.q_proj, attention.k_proj, attention.v_proj]), attention.o_proj,
+        FusedGate(mlp.gate_proj, mlp.up_proj, mlp.act_fn), mlp.down_proj,
+    )  # fmt: skip
+    return found, found
+
+
+def reference(layer: nn.Module) -> tuple[Projections, Projections]:
+    """Of a decoder layer as `sparsify` left it: the evaluation's own modules, whose token protocol says what is sparse.
+
+    Every method runs so, and every one reads all weights: it is what kernels are compared with, and no faster.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    found = Projections(
+        Separate([attention.q_proj, attention.k_proj, attention.v_proj]), attention.o_proj,
+        SeparateGate(mlp.gate_proj, mlp.up_proj, mlp.act_fn), mlp.down_proj,
+    )  # fmt: skip
+    return found, found
+
+
+@torch.no_grad()
+def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """(sum of m, ...), of whose rows `parameters` are views afterwards. Those that are already are left alone."""
+    first, rows = parameters[0], sum(len(x) for x in parameters)
+    if _adjacent(parameters):
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    joined = torch.cat([x.detach() for x in parameters])
+    for parameter, part in zip(parameters, joined.split([len(x) for x in parameters]), strict=True):
+        parameter.data = part
+    return joined
+
+
+def _adjacent(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether they follow each other in one storage."""
+    storage, at = parameters[0].untyped_storage().data_ptr(), parameters[0].storage_offset()
+    for x in parameters:
+        if x.untyped_storage().data_ptr() != storage or x.storage_offset() != at or not x.is_contiguous():
+            return False
+        at += x.numel()
+    return True
