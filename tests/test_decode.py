@@ -6,25 +6,17 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import GemmaConfig, GemmaForCausalLM
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import rsparse
+from decoding import LLAMA_3, STYLES, error, every_style, share_equal, their_logits, theirs
 from rsparse.decode import Engine, Sampling, engine_of, generate, stream
 from rsparse.decode.attention import Seen, step_attention
 from rsparse.decode.steps import SPAN
 from rsparse.models import load_model, load_tokenizer
 from rsparse.texts import token_ids
 
-LLAMA_3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=5e5,
-               original_max_position_embeddings=64)  # fmt: skip
-STYLES = {
-    "llama-2": dict(num_key_value_heads=8),
-    "llama-3": dict(shape="llama-3-8b", rope_parameters=LLAMA_3),
-    "mistral": dict(shape="mistral-7b", sliding_window=24, num_key_value_heads=4),
-}
-"""Sizes of small random models; the window is shorter than every text here."""
 OTHERS = {
     "tied": dict(tie_word_embeddings=True),
     "biases": dict(attention_bias=True, mlp_bias=True),
@@ -37,36 +29,7 @@ OTHERS = {
                                       original_max_position_embeddings=64)),
     "no window": dict(shape="mistral-7b", sliding_window=None),
 }  # fmt: skip
-every_style = pytest.mark.parametrize("sizes", STYLES.values(), ids=STYLES)
 every_model = pytest.mark.parametrize("sizes", (STYLES | OTHERS).values(), ids=STYLES | OTHERS)
-
-
-def theirs(model, ids: Tensor, new: int, **options) -> Tensor:
-    """Hugging Face's greedy continuation; never stopped unless asked to."""
-    model.generation_config.eos_token_id = options.pop("stop", None)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **options)
-
-
-@torch.no_grad()
-def their_logits(model, ids: Tensor, context: int) -> Tensor:
-    """Hugging Face's logits where the prompt is the first `context` tokens, and the others are fed one by one."""
-    out = model(ids[:, :context], use_cache=True)
-    found = [out.logits[:, -1]]
-    for at in range(context, ids.shape[1]):
-        out = model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
-        found.append(out.logits[:, -1])
-    return torch.stack(found, 1)
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, in units of that of the expected values."""
-    return float((found.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt())
-
-
-def share_equal(found: Tensor, expected: Tensor, context: int) -> float:
-    """Share of the new tokens up to which the continuations are the same."""
-    same = (found == expected)[:, context:].long().cumprod(1)
-    return float(same.double().mean())
 
 
 @every_style
@@ -323,7 +286,7 @@ def test_what_is_not_computed_here(build, ids, change, message):
 def test_models_of_other_families_and_mixed_weights(build, ids):
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     gemma = GemmaForCausalLM(GemmaConfig(vocab_size=97, num_key_value_heads=1, head_dim=16, **sizes))
-    with pytest.raises(ValueError, match="model is of type 'gemma'; expected a causal LM of the family llama or mistral"):
+    with pytest.raises(ValueError, match="model is of type 'gemma'; expected a causal LM of the family"):
         generate(gemma, ids, 5)
     model = build()
     model.lm_head.float()

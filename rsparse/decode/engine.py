@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from rsparse.apply import protocol_of
+from rsparse.apply import masks_of, protocol_of
 from rsparse.calibrate import check_ids
 from rsparse.decode import projections
 from rsparse.decode.architecture import Architecture, check_weights, pad_id, stop_ids
@@ -60,6 +60,7 @@ class Engine:
         # chosen anew with every prompt, where a graph would go on with what it was captured with
         prompted = any(isinstance(x, PromptedLinear) for x in model.modules())
         self.graphs = (self.device.type == "cuda" if graphs is None else graphs) and not prompted
+        self._masked = [module for _, module in masks_of(model).values()]
         self._steps: Steps | None = None
         self._text: object = None
         self._places = _places(model)
@@ -181,6 +182,8 @@ class Engine:
             self._steps = cache = None  # free before a larger one is allocated
             room = self.cache_length or -(-length // SPAN) * SPAN
             self._steps = Steps(self.decoder, self.decoder.new_cache(batch, room), self.graphs)
+        # what counts or replays masks is Python, which a graph leaves out
+        self._steps.graphs = self.graphs and not any(x.tally or x.tape for x in self._masked)
         return self._steps
 
     def _check_cache(self, length: int | None) -> int | None:

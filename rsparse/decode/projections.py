@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rsparse.linears import Masked
+
 
 @dataclass(frozen=True)
 class Projections:
@@ -90,8 +92,14 @@ class SeparateGate(nn.Module):
 
 
 def dense(layer: nn.Module) -> tuple[Projections, Projections]:
-    """Of a dense decoder layer: two fused products and two plain ones, for every token."""
+    """Of a dense decoder layer: two fused products and two plain ones, for every token.
+
+    ValueError for a layer that `sparsify` changed.
+    """
     attention, mlp = layer.self_attn, layer.mlp
+    for name, module in (*attention.named_children(), *mlp.named_children()):
+        if isinstance(module, Masked):
+            raise ValueError(f"{name} is a {type(module).__name__}; expected a dense model, see rsparse.restore")
     found = Projections(
         Fused([attention.q_proj, attention.k_proj, attention.v_proj]), attention.o_proj,
         FusedGate(mlp.gate_proj, mlp.up_proj, mlp.act_fn), mlp.down_proj,
