@@ -193,20 +193,29 @@ class Engine:
         return length
 
     def _check(self, ids: Tensor, new: int, generator: torch.Generator | None, mask: Tensor | None) -> None:
-        check_ids(ids, self, "the prompt")
-        batch, length = ids.shape
-        if batch > MOST_ROWS:
-            raise ValueError(f"the batch has {batch} rows; expected at most {MOST_ROWS}")
-        if isinstance(new, bool) or not isinstance(new, int) or new < 1:
-            raise ValueError(f"max_new_tokens is {new!r}; expected a whole number of at least 1")
-        for most, what in ((self.architecture.positions, "the model's positions"), (self.cache_length, "the cache's")):
-            if most is not None and length + new > most:
-                raise ValueError(f"a prompt of {length} tokens and {new} new ones need {length + new} positions; "
-                                 f"expected at most {most}, {what}")  # fmt: skip
-        if mask is not None and not real_positions(mask, batch, length).all():
-            raise ValueError("attention_mask holds zeros; expected prompts of one length, without padding")
+        check_request(self, ids, new, self.cache_length, mask)
         if generator is not None and generator.device.type != self.device.type:
             raise ValueError(f"the generator is on {generator.device}; expected one on {self.device}")
+
+
+def check_request(
+    model, ids: Tensor, new: int, cache_length: int | None = None, attention_mask: Tensor | None = None
+) -> None:
+    """ValueError unless a cache of `cache_length` positions (None: any) takes the prompts `ids` and `new` tokens of
+    `model`, of which the config alone is read."""
+    check_ids(ids, model, "the prompt")
+    batch, length = ids.shape
+    if batch > MOST_ROWS:
+        raise ValueError(f"the batch has {batch} rows; expected at most {MOST_ROWS}")
+    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+        raise ValueError(f"max_new_tokens is {new!r}; expected a whole number of at least 1")
+    limits = (model.config.max_position_embeddings, "the model's positions"), (cache_length, "the cache's")
+    for most, what in limits:
+        if most is not None and length + new > most:
+            raise ValueError(f"a prompt of {length} tokens and {new} new ones need {length + new} positions; "
+                             f"expected at most {most}, {what}")  # fmt: skip
+    if attention_mask is not None and not real_positions(attention_mask, batch, length).all():
+        raise ValueError("attention_mask holds zeros; expected prompts of one length, without padding")
 
 
 def _ahead(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
