@@ -14,7 +14,7 @@ _HOMES = {
     "sparsify": "rsparse.apply",
 }
 _MODULES = ("decode",)  # whose names are used through them: rsparse.decode.generate
-__all__ = sorted([*_HOMES, *_MODULES])
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

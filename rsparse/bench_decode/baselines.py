@@ -44,6 +44,8 @@ def run(model: nn.Module, name: str, ids: Tensor, new: int) -> Arrivals:
         watch = _Stopwatch()
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                                streamer=watch, **options)  # fmt: skip
+    if len(watch.seconds) != new:
+        raise RuntimeError(f"{name} handed {new} tokens over in {len(watch.seconds)} parts; expected one by one")
     return Arrivals(tuple(watch.seconds), found[:, ids.shape[1] :].cpu())
 
 

@@ -23,7 +23,7 @@ def angles(rotary: nn.Module, like: Tensor, length: int) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (batch, heads, positions, head_dim) turned by the angles of its positions; cos, sin (positions, head_dim)."""
+    """x (..., positions, head_dim) turned by the angles of cos and sin, (positions, head_dim)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
@@ -67,12 +67,29 @@ class Seen:
 
 
 def step_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
-    """Attention of one token over the cache: q (batch, heads, head_dim), keys and values (batch, kv_heads, length,
-    head_dim) -> (batch, heads, head_dim).
+    """Attention of one token over the cache: q (batch, heads, head_dim), keys and values (chunks, batch, kv_heads,
+    chunk, head_dim) -> (batch, heads, head_dim).
 
     The heads of a group are laid where a prompt has its positions: no key is repeated, and any kernel will do.
     """
-    batch, heads, width = q.shape
-    grouped = q.view(batch, keys.shape[1], -1, width)
-    k, v = keys[:, :, seen.first : seen.last], values[:, :, seen.first : seen.last]
-    return scaled_dot_product_attention(grouped, k, v, attn_mask=seen.mask).reshape(batch, heads, width)
+    chunk = keys.shape[3]
+    grouped = q.unflatten(1, (keys.shape[2], -1))
+    if seen.last <= chunk:
+        k, v = (x[0, :, :, seen.first : seen.last] for x in (keys, values))
+        found = scaled_dot_product_attention(grouped, k, v, attn_mask=seen.mask)
+    else:
+        found = _chunked_attention(grouped, keys[: seen.last // chunk], values[: seen.last // chunk], seen.mask)
+    return found.flatten(1, 2)
+
+
+def _chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same for q (batch, kv_heads, groups, head_dim) over whole chunks, of which every one is a product of its own:
+    kernels that give a head to one processor leave most of a GPU idle where there is one query.
+
+    Softmax in float32, as Hugging Face's eager attention; partial sums are added in float32.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (chunks, batch, kv_heads, groups, chunk)
+    scores = scores.float().movedim(0, -2).flatten(-2)  # (batch, kv_heads, groups, positions)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
+    weights = weights.unflatten(-1, (len(k), -1)).movedim(-2, 0)
+    return (weights @ v).sum(0, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype)

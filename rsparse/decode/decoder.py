@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rsparse.decode.architecture import Architecture
 from rsparse.decode.attention import Seen, angles, prompt_attention, rotary, rotate, step_attention
-from rsparse.decode.cache import Cache
+from rsparse.decode.cache import Cache, write_prompt, write_step
 from rsparse.decode.projections import Builder, Projections
 
 
@@ -53,12 +53,12 @@ class Decoder:
             torch.cuda.empty_cache()  # what fusing freed, in pieces too small for the next layer's product
         return found
 
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of `length` positions for `batch` rows; the table of angles grows with it."""
+    def new_cache(self, batch: int, length: int, chunk: int) -> Cache:
+        """An empty cache of `length` positions, in chunks, for `batch` rows; the table of angles grows with it."""
         length_of_table = min(length, self.architecture.positions)
         if len(self.cos) < length_of_table:
             self.cos, self.sin = angles(self._rotary, self.embedding, length_of_table)
-        return Cache(self.architecture, batch, length, self.embedding.dtype, self.embedding.device)
+        return Cache(self.architecture, batch, length, chunk, self.embedding.dtype, self.embedding.device)
 
     def prompt(self, ids: Tensor, cache: Cache) -> Tensor:
         """Fill the empty `cache` with `ids` (batch, length); logits (batch, vocabulary) of the last position."""
@@ -68,10 +68,10 @@ class Decoder:
         for index, block in enumerate(self.blocks):
             heads = block.prompt.qkv(rms_norm(x, block.attention_norm, self.epsilon))
             heads = heads.view(batch, length, -1, a.head_dim).transpose(1, 2)
-            q, k, v = heads.split([a.heads, a.kv_heads, a.kv_heads], dim=1)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            turned, v = heads.split([a.heads + a.kv_heads, a.kv_heads], dim=1)
+            q, k = rotate(turned, cos, sin).split([a.heads, a.kv_heads], dim=1)
             for stored, new in zip(cache.layer(index), (k, v), strict=True):
-                stored[:, :, :length] = new
+                write_prompt(stored, new)
             heads = prompt_attention(q, k, v, a.window).transpose(1, 2).reshape(batch, length, -1)
             x = x + block.prompt.out(heads)
             x = x + block.prompt.down(block.prompt.gated(rms_norm(x, block.mlp_norm, self.epsilon)))
@@ -83,8 +83,9 @@ class Decoder:
         and values. Nothing here waits for the device."""
         x = F.embedding(tokens[:, None], self.embedding)
         cos, sin = self.cos.index_select(0, position), self.sin.index_select(0, position)
+        slot = position // cache.chunk, position % cache.chunk
         for index, block in enumerate(self.blocks):
-            x = self._step(self, block, x, cos, sin, position, *cache.layer(index), seen)
+            x = self._step(self, block, x, cos, sin, slot, *cache.layer(index), seen)
         return self._logits(x[:, 0])
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -92,18 +93,17 @@ class Decoder:
 
 
 def block_step(
-    decoder: Decoder, block: Block, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor,
+    decoder: Decoder, block: Block, x: Tensor, cos: Tensor, sin: Tensor, slot: tuple[Tensor, Tensor], keys: Tensor,
     values: Tensor, seen: Seen,
 ) -> Tensor:  # fmt: skip
-    """x (batch, 1, hidden) through one block; its key and value go to `position` of keys and values, in place."""
+    """x (batch, 1, hidden) through one block; its key and value go to `slot` of keys and values, in place."""
     a, step, batch = decoder.architecture, block.step, len(x)
     heads = step.qkv(rms_norm(x, block.attention_norm, decoder.epsilon))
-    heads = heads.view(batch, -1, 1, a.head_dim)
-    q, k, v = heads.split([a.heads, a.kv_heads, a.kv_heads], dim=1)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    keys.index_copy_(2, position, k)
-    values.index_copy_(2, position, v)
-    heads = step_attention(q.squeeze(2), keys, values, seen)
+    turned, v = heads.view(batch, -1, a.head_dim).split([a.heads + a.kv_heads, a.kv_heads], dim=1)
+    q, k = rotate(turned, cos, sin).split([a.heads, a.kv_heads], dim=1)
+    write_step(keys, k, slot)
+    write_step(values, v, slot)
+    heads = step_attention(q, keys, values, seen)
     x = x + step.out(heads.reshape(batch, 1, -1))
     return x + step.down(step.gated(rms_norm(x, block.mlp_norm, decoder.epsilon)))
 

@@ -19,7 +19,7 @@ from rsparse.decode.architecture import Architecture, check_weights, pad_id, sto
 from rsparse.decode.decoder import Decoder
 from rsparse.decode.projections import Builder
 from rsparse.decode.sampling import GREEDY, Sampling
-from rsparse.decode.steps import SPAN, Steps
+from rsparse.decode.steps import CHUNK, Steps
 from rsparse.prompted import PromptedLinear
 from rsparse.protocol import real_positions
 
@@ -33,7 +33,8 @@ class Engine:
     cache_length: positions of the cache; None lets it grow with what is asked. builder: what computes the products of
     a block, see rsparse.decode.projections; None takes fused dense products for a dense model, and the evaluation's
     modules for a sparse one. graphs: replay steps as CUDA graphs; None does where there is a GPU. compiled: fuse what
-    lies between the products, see Decoder.
+    lies between the products, see Decoder. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK with
+    graphs, and one for all without.
 
     A dense model's q, k, v and gate, up are laid side by side in memory, see projections.Fused: the model goes on as
     before. An engine belongs to the weights and the method that it was made with, see `fits`. One text at a time: a
@@ -47,6 +48,7 @@ class Engine:
         builder: Builder | None = None,
         graphs: bool | None = None,
         compiled: bool = False,
+        chunk: int | None = None,
     ):
         check_weights(model)
         self.config, self.generation_config = model.config, getattr(model, "generation_config", None)
@@ -60,6 +62,7 @@ class Engine:
         # chosen anew with every prompt, where a graph would go on with what it was captured with
         prompted = any(isinstance(x, PromptedLinear) for x in model.modules())
         self.graphs = (self.device.type == "cuda" if graphs is None else graphs) and not prompted
+        self.chunk = chunk or (CHUNK if self.graphs else None)
         self._masked = [module for _, module in masks_of(model).values()]
         self._steps: Steps | None = None
         self._text: object = None
@@ -180,8 +183,8 @@ class Engine:
         cache = self._steps and self._steps.cache
         if cache is None or cache.batch != batch or cache.length < length:
             self._steps = cache = None  # free before a larger one is allocated
-            room = self.cache_length or -(-length // SPAN) * SPAN
-            self._steps = Steps(self.decoder, self.decoder.new_cache(batch, room), self.graphs)
+            room = self.cache_length or -(-length // CHUNK) * CHUNK
+            self._steps = Steps(self.decoder, self.decoder.new_cache(batch, room, self.chunk or room), self.graphs)
         # what counts or replays masks is Python, which a graph leaves out
         self._steps.graphs = self.graphs and not any(x.tally or x.tape for x in self._masked)
         return self._steps

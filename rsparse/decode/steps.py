@@ -1,7 +1,7 @@
 """One decode step after another over one cache: launched as it stands, or replayed as a CUDA graph.
 
 A step of a 7B model is some four hundred launches of a few microseconds each, more than a host can keep up with; a
-graph is one launch. It is captured once for each length that attention reads, a multiple of `SPAN`, so that a short
+graph is one launch. It is captured once for each number of the cache's chunks that attention reads, so that a short
 text does not pay for a long cache, and kept as long as the cache.
 """
 
@@ -14,7 +14,7 @@ from rsparse.decode.attention import Seen
 from rsparse.decode.cache import Cache
 from rsparse.decode.decoder import Decoder
 
-SPAN = 512
+CHUNK = 512
 """Positions by which the part of the cache that a graph reads grows."""
 WARM_UPS = 3
 """Steps on a side stream before a capture: libraries allocate, and kernels compile."""
@@ -34,18 +34,26 @@ class Steps:
         """Logits (batch, vocabulary) after `tokens` (batch,) at `position`; valid until the next call."""
         self._tokens.copy_(tokens)
         self._position.fill_(position)
-        if self.graphs:
-            logits = self._replay(min(-(-(position + 1) // SPAN) * SPAN, self.cache.length))
-        else:
-            logits = self._launch(Seen.exactly(position, self.decoder.architecture.window))
+        logits = self._replay(self._span(position)) if self.graphs else self._launch(self._seen(position))
         self.cache.filled = position + 1
         return logits
 
     def prepare(self, first: int, last: int) -> None:
         """Capture every graph that the positions first..last - 1 need. The cache's content there is lost."""
-        for position in {*range(first, last, SPAN), last - 1} if self.graphs else ():
+        for position in {*range(first, last, self.cache.chunk), last - 1} if self.graphs else ():
             self(self._tokens, position)
         self.cache.filled = 0
+
+    def _span(self, position: int) -> int:
+        """Positions of the chunks up to that of `position`."""
+        return (position // self.cache.chunk + 1) * self.cache.chunk
+
+    def _seen(self, position: int) -> Seen:
+        """Of a cache in one piece what the token sees, else whole chunks and a mask."""
+        window = self.decoder.architecture.window
+        if self.cache.chunk == self.cache.length and not self.graphs:
+            return Seen.exactly(position, window)
+        return Seen.within(self._position, self._span(position), window)
 
     def _launch(self, seen: Seen) -> Tensor:
         return self.decoder.step(self._tokens, self._position, self.cache, seen)
@@ -62,7 +70,7 @@ class Steps:
         """Steps can be repeated: each writes the same key and value to the same position."""
 
         def step() -> Tensor:
-            return self._launch(Seen.within(self._position, span, self.decoder.architecture.window))
+            return self._launch(self._seen(span - 1))
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
