@@ -10,7 +10,7 @@ import rsparse
 from decoding import STYLES, error, every_style, share_equal, their_logits, theirs
 from rsparse.apply import counting, protocol_of, tokens_as
 from rsparse.decode import Engine, engine_of, generate
-from rsparse.decode.projections import Projections, dense, reference
+from rsparse.decode.projections import Added, Normed, Projections, dense, reference
 from rsparse.replay import recording, replaying
 
 ASKED = {
@@ -141,8 +141,11 @@ class Gathered(nn.Module):
 def gathered(layer):
     """A builder that keeps one set of products for the prompt and another for single tokens."""
     a, m = layer.self_attn, layer.mlp
-    step = Projections(Gathered([a.q_proj, a.k_proj, a.v_proj]), Gathered([a.o_proj]),
-                       Gathered([m.gate_proj, m.up_proj], gated=True), Gathered([m.down_proj]))  # fmt: skip
+    step = Projections(
+        Normed(layer.input_layernorm, Gathered([a.q_proj, a.k_proj, a.v_proj])), Added(Gathered([a.o_proj])),
+        Normed(layer.post_attention_layernorm, Gathered([m.gate_proj, m.up_proj], gated=True)),
+        Added(Gathered([m.down_proj])),
+    )  # fmt: skip
     return reference(layer)[0], step
 
 

@@ -1,7 +1,7 @@
 """A Llama or Mistral decoder over a static cache: a whole prompt at once, then one token at a time.
 
-The weights are those of the Hugging Face model, referenced; the arithmetic is Hugging Face's, norms and softmax in its
-precisions, so that tokens can be compared with it one by one.
+Weights and norms are those of the Hugging Face model, referenced; the arithmetic is Hugging Face's too, so that tokens
+can be compared with it one by one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from rsparse.decode.projections import Builder, Projections
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: two norms, and the products for the prompt and for a single token."""
+    """One decoder layer: its products for the prompt, and for a single token."""
 
-    attention_norm: Tensor
-    mlp_norm: Tensor
     prompt: Projections
     step: Projections
 
@@ -37,18 +35,15 @@ class Decoder:
 
     def __init__(self, model: nn.Module, builder: Builder, compiled: bool = False):
         self.architecture = Architecture.of(model.config)
-        self.epsilon = model.config.rms_norm_eps
         self.embedding = model.model.embed_tokens.weight.detach()
-        self.norm, self.lm_head = model.model.norm.weight.detach(), model.lm_head.weight.detach()
+        self.norm, self.lm_head = model.model.norm, model.lm_head
         self.blocks = [self._block(layer, builder) for layer in model.model.layers]
         self._rotary = rotary(model)
         self.cos = self.sin = self.embedding.new_empty(0, self.architecture.head_dim)
         self._step = torch.compile(block_step) if compiled else block_step
 
     def _block(self, layer: nn.Module, builder: Builder) -> Block:
-        found = Block(
-            layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), *builder(layer)
-        )
+        found = Block(*builder(layer))
         if self.embedding.is_cuda:
             torch.cuda.empty_cache()  # what fusing freed, in pieces too small for the next layer's product
         return found
@@ -66,15 +61,14 @@ class Decoder:
         x = F.embedding(ids, self.embedding)
         cos, sin = self.cos[:length], self.sin[:length]
         for index, block in enumerate(self.blocks):
-            heads = block.prompt.qkv(rms_norm(x, block.attention_norm, self.epsilon))
-            heads = heads.view(batch, length, -1, a.head_dim).transpose(1, 2)
+            heads = block.prompt.qkv(x).view(batch, length, -1, a.head_dim).transpose(1, 2)
             turned, v = heads.split([a.heads + a.kv_heads, a.kv_heads], dim=1)
             q, k = rotate(turned, cos, sin).split([a.heads, a.kv_heads], dim=1)
             for stored, new in zip(cache.layer(index), (k, v), strict=True):
                 write_prompt(stored, new)
             heads = prompt_attention(q, k, v, a.window).transpose(1, 2).reshape(batch, length, -1)
-            x = x + block.prompt.out(heads)
-            x = x + block.prompt.down(block.prompt.gated(rms_norm(x, block.mlp_norm, self.epsilon)))
+            x = block.prompt.out(heads, x)
+            x = block.prompt.down(block.prompt.gated(x), x)
         cache.filled = length
         return self._logits(x[:, -1])
 
@@ -89,7 +83,7 @@ class Decoder:
         return self._logits(x[:, 0])
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(rms_norm(x, self.norm, self.epsilon), self.lm_head)
+        return self.lm_head(self.norm(x))
 
 
 def block_step(
@@ -98,18 +92,10 @@ def block_step(
 ) -> Tensor:  # fmt: skip
     """x (batch, 1, hidden) through one block; its key and value go to `slot` of keys and values, in place."""
     a, step, batch = decoder.architecture, block.step, len(x)
-    heads = step.qkv(rms_norm(x, block.attention_norm, decoder.epsilon))
-    turned, v = heads.view(batch, -1, a.head_dim).split([a.heads + a.kv_heads, a.kv_heads], dim=1)
+    turned, v = step.qkv(x).view(batch, -1, a.head_dim).split([a.heads + a.kv_heads, a.kv_heads], dim=1)
     q, k = rotate(turned, cos, sin).split([a.heads, a.kv_heads], dim=1)
     write_step(keys, k, slot)
     write_step(values, v, slot)
     heads = step_attention(q, keys, values, seen)
-    x = x + step.out(heads.reshape(batch, 1, -1))
-    return x + step.down(step.gated(rms_norm(x, block.mlp_norm, decoder.epsilon)))
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x (..., n) over its root mean square, times weight (n,): in float32 whatever the dtype, as Hugging Face does."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-
+    x = step.out(heads.reshape(batch, 1, -1), x)
+    return step.down(step.gated(x), x)

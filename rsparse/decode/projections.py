@@ -1,12 +1,13 @@
 """The four products of a decoder block, which are what a sparse model or a kernel exchanges.
 
-    qkv    x -> q, k, v side by side
-    out    the heads' outputs -> their sum's share of the residual stream
-    gated  x -> act(gate x) * up x
-    down   neurons -> the residual stream
+    qkv    x -> q, k, v of norm(x), side by side
+    out    heads, x -> x + out heads
+    gated  x -> act(gate norm(x)) * up norm(x)
+    down   neurons, x -> x + down neurons
 
-Any callable will do that maps (batch, positions, in) to (batch, positions, out). A builder makes two sets of a block,
-for the prompt and for single tokens; where both are the same object, weights are held once.
+x is the residual stream; norms and sums are part of the products, so that a kernel can take them along. Any callable
+will do; all tensors are (batch, positions, channels). A builder makes two sets of a block, for the prompt and for
+single tokens; where both are the same object, weights are held once.
 """
 
 from __future__ import annotations
@@ -26,13 +27,35 @@ class Projections:
     """The products of one block."""
 
     qkv: Callable[[Tensor], Tensor]
-    out: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor, Tensor], Tensor]
     gated: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor, Tensor], Tensor]
 
 
 Builder = Callable[[nn.Module], tuple[Projections, Projections]]
 """A Hugging Face decoder layer -> its products for the prompt, and for one token."""
+
+
+class Normed(nn.Module):
+    """A product of norm(x): of Hugging Face's own norm, which is taken in float32 whatever the dtype."""
+
+    def __init__(self, norm: nn.Module, product: nn.Module):
+        super().__init__()
+        self.norm, self.product = norm, product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self.norm(x))
+
+
+class Added(nn.Module):
+    """A product, added to the residual stream."""
+
+    def __init__(self, product: nn.Module):
+        super().__init__()
+        self.product = product
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return x + self.product(y)
 
 
 class Fused(nn.Module):
@@ -100,11 +123,8 @@ def dense(layer: nn.Module) -> tuple[Projections, Projections]:
     for name, module in (*attention.named_children(), *mlp.named_children()):
         if isinstance(module, Masked):
             raise ValueError(f"{name} is a {type(module).__name__}; expected a dense model, see rsparse.restore")
-    found = Projections(
-        Fused([attention.q_proj, attention.k_proj, attention.v_proj]), attention.o_proj,
-        FusedGate(mlp.gate_proj, mlp.up_proj, mlp.act_fn), mlp.down_proj,
-    )  # fmt: skip
-    return found, found
+    return _around(layer, Fused([attention.q_proj, attention.k_proj, attention.v_proj]),
+                   FusedGate(mlp.gate_proj, mlp.up_proj, mlp.act_fn))  # fmt: skip
 
 
 def reference(layer: nn.Module) -> tuple[Projections, Projections]:
@@ -113,9 +133,15 @@ def reference(layer: nn.Module) -> tuple[Projections, Projections]:
     Every method runs so, and every one reads all weights: it is what kernels are compared with, and no faster.
     """
     attention, mlp = layer.self_attn, layer.mlp
+    return _around(layer, Separate([attention.q_proj, attention.k_proj, attention.v_proj]),
+                   SeparateGate(mlp.gate_proj, mlp.up_proj, mlp.act_fn))  # fmt: skip
+
+
+def _around(layer: nn.Module, qkv: nn.Module, gated: nn.Module) -> tuple[Projections, Projections]:
+    """Both sets, with the layer's norms, and its o and down as they hang."""
     found = Projections(
-        Separate([attention.q_proj, attention.k_proj, attention.v_proj]), attention.o_proj,
-        SeparateGate(mlp.gate_proj, mlp.up_proj, mlp.act_fn), mlp.down_proj,
+        Normed(layer.input_layernorm, qkv), Added(layer.self_attn.o_proj),
+        Normed(layer.post_attention_layernorm, gated), Added(layer.mlp.down_proj),
     )  # fmt: skip
     return found, found
 
