@@ -11,9 +11,10 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 
 import rsparse
 from decoding import LLAMA_3, STYLES, error, every_style, share_equal, their_logits, theirs
+from rsparse.apply import counting
 from rsparse.decode import Engine, Sampling, engine_of, generate, stream
 from rsparse.decode.attention import Seen, step_attention
-from rsparse.decode.steps import CHUNK
+from rsparse.decode.steps import CHUNK, Steps
 from rsparse.models import load_model, load_tokenizer
 from rsparse.texts import token_ids
 
@@ -179,6 +180,54 @@ def test_a_chunked_cache_as_graphs_need_it(build, ids, sizes):
     assert error(engine.logits(ids, 20), their_logits(model, ids, 20)) < 1e-6
 
 
+class Replayed:
+    """What a CUDA graph does, on a CPU: the same step again, into the same logits."""
+
+    def __init__(self, steps, span):
+        self.again = lambda: steps._launch(steps._seen(span - 1))
+        self.logits = self.again()
+
+    def replay(self):
+        self.logits.copy_(self.again())
+
+
+def test_graphs_are_captured_once_for_every_chunk(build, ids, monkeypatch):
+    model, captured = build(), []
+
+    def capture(steps, span):
+        captured.append(span)
+        graph = Replayed(steps, span)
+        return graph, graph.logits
+
+    monkeypatch.setattr(Steps, "_capture", capture)
+    engine = Engine(model, chunk=16)
+    engine.graphs = True
+    expected = theirs(model, ids[:2, :20], 60)
+    assert engine.generate(ids[:2, :20], 60, stop=()).equal(expected) and captured == [32, 48, 64, 80]
+    assert engine.generate(ids[:2, :20], 60, stop=()).equal(expected) and len(captured) == 4
+    other = Engine(model, chunk=16)
+    other.graphs = True
+    other.prepare(2, 20, 60)
+    assert sorted(captured[4:]) == [32, 48, 64, 80]
+    assert other.generate(ids[:2, :20], 60, stop=()).equal(expected) and len(captured) == 8
+    with pytest.raises(ValueError, match="graphs is True on cpu; expected a GPU"):
+        Engine(model, graphs=True)
+
+
+def test_graphs_stand_back_where_python_watches_the_masks(build, ids, monkeypatch):
+    model = build()
+    monkeypatch.setattr(Steps, "_capture", lambda *_: pytest.fail("captured"))
+    rsparse.sparsify(model, "griffin", 0.3)
+    engine = Engine(model)
+    assert not engine.graphs
+    rsparse.sparsify(model, "teal", 0.5, calibration=ids)
+    engine = Engine(model, chunk=16)
+    engine.graphs = True
+    with counting(model) as realised:
+        engine.generate(ids, 9, stop=())
+        assert realised().realised == pytest.approx(0.5, abs=0.1)
+
+
 def test_weights_are_held_once(build, ids, logits):
     model = build(attention_bias=True)
     before, size = logits(model, ids), sum(x.numel() for x in model.parameters())
@@ -264,11 +313,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("asked, message", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_generated(build, ids, monkeypatch, asked, message):
-    model = build()
+    model, asked = build(), dict(ids=ids[:1, :10], max_new_tokens=5) | asked
+    places = [x.data_ptr() for x in model.parameters()]
+    for call in (stream, generate):
+        with pytest.raises(ValueError, match=message):
+            call(model, **asked)  # stream: before the first token is asked for
+    assert [x.data_ptr() for x in model.parameters()] == places  # refused before weights were moved
     engine = engine_of(model)
     monkeypatch.setattr(engine.decoder, "new_cache", lambda *_: pytest.fail("allocated"))
+    drawing = {name: asked.pop(name) for name in ("temperature", "top_k", "top_p") if name in asked}
     with pytest.raises(ValueError, match=message):
-        stream(model, **dict(ids=ids[:1, :10], max_new_tokens=5) | asked)  # before the first token is asked for
+        engine.stream(**asked, sampling=Sampling(**drawing))
 
 
 def test_what_does_not_fit_the_cache(build, ids):

@@ -20,8 +20,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rsparse.decode.engine import Engine
+from rsparse.decode.engine import Engine, check_request
 from rsparse.decode.sampling import Sampling
+from rsparse.models import check_model
 
 __all__ = ["Engine", "Sampling", "engine_of", "generate", "stream"]
 
@@ -63,6 +64,7 @@ def generate(
     here, and a text that does not fit; it names the value and what was expected. See `Engine`.
     """
     sampling = Sampling(temperature, top_k, top_p)
+    _check(model, ids, max_new_tokens, attention_mask, stop)
     return engine_of(model).generate(ids, max_new_tokens, sampling, generator, stop, attention_mask, on_token)
 
 
@@ -80,4 +82,13 @@ def stream(
     """The new tokens of `generate` one by one, LongTensor (batch,) on the CPU; checks before the first one is asked
     for."""
     sampling = Sampling(temperature, top_k, top_p)
+    _check(model, ids, max_new_tokens, attention_mask, stop)
     return engine_of(model).stream(ids, max_new_tokens, sampling, generator, stop, attention_mask)
+
+
+def _check(
+    model: nn.Module, ids: Tensor, new: int, attention_mask: Tensor | None, stop: Sequence[int] | None
+) -> None:
+    """What can be refused before an engine is made, which moves weights."""
+    check_model(model)
+    check_request(model, ids, new, None, attention_mask, stop)

@@ -33,13 +33,13 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 
     window: how many of the last positions are seen, or None.
     """
-    positions = q.shape[2]
+    groups, positions = q.shape[1] // k.shape[1], q.shape[2]
+    if groups > 1:  # few of the kernels take groups; the others would hold all scores
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if window is None or window >= positions:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
     at = torch.arange(positions, device=q.device)
     seen = (at <= at[:, None]) & (at > at[:, None] - window)
-    groups = q.shape[1] // k.shape[1]  # the kernels that take a mask take no groups
-    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 

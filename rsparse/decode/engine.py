@@ -51,6 +51,9 @@ class Engine:
         chunk: int | None = None,
     ):
         check_weights(model)
+        self.device = model.model.embed_tokens.weight.device
+        if graphs and self.device.type != "cuda":
+            raise ValueError(f"graphs is {graphs!r} on {self.device}; expected a GPU, or None")
         self.config, self.generation_config = model.config, getattr(model, "generation_config", None)
         self.architecture = Architecture.of(model.config)
         self.cache_length = self._check_cache(cache_length)
@@ -58,7 +61,6 @@ class Engine:
         if builder is None:
             builder = projections.dense if self.protocol is None else projections.reference
         self.decoder = Decoder(model, builder, compiled)
-        self.device = self.decoder.embedding.device
         # chosen anew with every prompt, where a graph would go on with what it was captured with
         prompted = any(isinstance(x, PromptedLinear) for x in model.modules())
         self.graphs = (self.device.type == "cuda" if graphs is None else graphs) and not prompted
@@ -111,7 +113,7 @@ class Engine:
         ValueError, before anything is allocated, for prompts that are empty, padded or no token ids, a batch that is
         too large, a text longer than the cache or than the model's positions, and a generator of another device.
         """
-        self._check(ids, max_new_tokens, generator, attention_mask)
+        self._check(ids, max_new_tokens, generator, attention_mask, stop)
         configs = self.config, self.generation_config
         stop, pad = stop_ids(*configs, stop), pad_id(*configs)
         found = self._tokens(ids, max_new_tokens, sampling, generator)
@@ -124,7 +126,7 @@ class Engine:
         `context` of `ids` (batch, length) are the prompt and the others are fed one by one. Errors as `stream`."""
         if not 1 <= context <= ids.shape[1]:
             raise ValueError(f"context is {context}; expected 1..{ids.shape[1]}, the length of the text")
-        self._check(ids[:, :context], max(1, ids.shape[1] - context), None, None)
+        self._check(ids[:, :context], max(1, ids.shape[1] - context))
         ids = ids.to(self.device)
         found = [self._prompt(ids[:, :context], ids.shape[1]).clone()]
         found += [self._step(ids[:, at], at).clone() for at in range(context, ids.shape[1])]
@@ -133,7 +135,7 @@ class Engine:
     @torch.no_grad()
     def prepare(self, batch: int, prompt: int, max_new_tokens: int) -> None:
         """Allocate the cache and capture all that a generation of these sizes replays, so that none of it is timed."""
-        self._check(torch.zeros(batch, prompt, dtype=torch.long), max_new_tokens, None, None)
+        self._check(torch.zeros(batch, prompt, dtype=torch.long), max_new_tokens)
         steps = self._ready(batch, prompt + max_new_tokens)
         if self.protocol is not None:
             self._announce(torch.zeros(batch, prompt, dtype=torch.long))
@@ -195,17 +197,29 @@ class Engine:
             raise ValueError(f"cache_length is {length!r}; expected 1..{most}, the model's positions, or None")
         return length
 
-    def _check(self, ids: Tensor, new: int, generator: torch.Generator | None, mask: Tensor | None) -> None:
-        check_request(self, ids, new, self.cache_length, mask)
+    def _check(
+        self,
+        ids: Tensor,
+        new: int,
+        generator: torch.Generator | None = None,
+        attention_mask: Tensor | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> None:
+        check_request(self, ids, new, self.cache_length, attention_mask, stop)
         if generator is not None and generator.device.type != self.device.type:
             raise ValueError(f"the generator is on {generator.device}; expected one on {self.device}")
 
 
 def check_request(
-    model, ids: Tensor, new: int, cache_length: int | None = None, attention_mask: Tensor | None = None
+    model,
+    ids: Tensor,
+    new: int,
+    cache_length: int | None = None,
+    attention_mask: Tensor | None = None,
+    stop: Sequence[int] | None = None,
 ) -> None:
     """ValueError unless a cache of `cache_length` positions (None: any) takes the prompts `ids` and `new` tokens of
-    `model`, of which the config alone is read."""
+    `model`, of which the configs alone are read; and for a mask or stop tokens that `Engine.stream` refuses."""
     check_ids(ids, model, "the prompt")
     batch, length = ids.shape
     if batch > MOST_ROWS:
@@ -217,6 +231,7 @@ def check_request(
         if most is not None and length + new > most:
             raise ValueError(f"a prompt of {length} tokens and {new} new ones need {length + new} positions; "
                              f"expected at most {most}, {what}")  # fmt: skip
+    stop_ids(model.config, getattr(model, "generation_config", None), stop)
     if attention_mask is not None and not real_positions(attention_mask, batch, length).all():
         raise ValueError("attention_mask holds zeros; expected prompts of one length, without padding")
 

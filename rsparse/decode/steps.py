@@ -60,8 +60,7 @@ class Steps:
 
     def _replay(self, span: int) -> Tensor:
         if span not in self._captured:
-            with torch.cuda.device(self._tokens.device):
-                self._captured[span] = self._capture(span)
+            self._captured[span] = self._capture(span)
         graph, logits = self._captured[span]
         graph.replay()
         return logits
@@ -72,14 +71,15 @@ class Steps:
         def step() -> Tensor:
             return self._launch(self._seen(span - 1))
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        shared = next(iter(self._captured.values()))[0].pool() if self._captured else None
-        with torch.cuda.graph(graph, pool=shared):
-            logits = step()
+        with torch.cuda.device(self._tokens.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            shared = next(iter(self._captured.values()))[0].pool() if self._captured else None
+            with torch.cuda.graph(graph, pool=shared):
+                logits = step()
         return graph, logits
