@@ -13,11 +13,14 @@ _HOMES = {
     "restore": "rsparse.apply",
     "sparsify": "rsparse.apply",
 }
+_MODULES = ("decode",)  # whose names are used through them: rsparse.decode.generate
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use: the batch runner and the book need no torch, and start at once."""
+    if name in _MODULES:
+        return import_module(f"rsparse.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'rsparse' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

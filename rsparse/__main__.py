@@ -1,4 +1,7 @@
-"""The commands: `python -m rsparse run | publish | estimate | search | search-cost | build` (each has --help)."""
+"""The commands: `python -m rsparse run | publish | estimate | search | search-cost | bench-decode | build`.
+
+Each has --help.
+"""
 
 from __future__ import annotations
 
@@ -86,6 +89,22 @@ def _search_cost(options: argparse.Namespace, checkout: Checkout) -> int:
     return 0
 
 
+def _bench_decode(options: argparse.Namespace, checkout: Checkout) -> int:
+    from rsparse.bench_decode import measure
+
+    given = {name: value for name in measure.OPTIONS if (value := getattr(options, name)) is not None}
+    if (options.shape is None) == (options.model is None):
+        raise ValueError("give --shape for random weights, or --model for a checkpoint")
+    model = options.model or f"random:{options.shape}"
+    found = measure.measure(measure.Plan(model, **given), options.json)
+    print("\n".join(measure.lines(found)))
+    return 0
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(filter(None, value.split(",")))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rsparse", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -136,6 +155,26 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
     cost.add_argument("--device", default="cuda", help="default: cuda")
     cost.set_defaults(command=_search_cost)
+
+    bench = commands.add_parser("bench-decode", help="time decoding: dense, sparse, and Hugging Face beside it")
+    bench.add_argument("--shape", help="random weights of a published size, e.g. llama-2-7b")
+    bench.add_argument("--model", help="or a checkpoint: tiny, a folder, a hub id")
+    bench.add_argument("--json", type=Path, required=True, help="where the figures go, after each row")
+    bench.add_argument("--methods", type=_names, help="default: dense,teal,r-sparse; teal@0.25: at its own sparsity")
+    bench.add_argument("--baselines", type=_names, help="default: hf-eager,hf-static-compiled; '' for none")
+    for name, default in (("batch", 1), ("prompt", 2048), ("new", 2048), ("repeats", 5), ("seed", 0)):
+        bench.add_argument(f"--{name}", type=int, help=f"default: {default}")
+    bench.add_argument("--layers", type=int, help="of random weights (default: all of the shape's)")
+    for name, default in (("sparsity", 0.5), ("rho", 0.95)):
+        bench.add_argument(f"--{name}", type=float, help=f"default: {default}")
+    bench.add_argument("--score", help="magnitude (default) or column-norm")
+    bench.add_argument("--recipe", help="a recipe file, for r-sparse")
+    bench.add_argument("--text", help="of a checkpoint: calibration and prompts (default: c4; tiny's own)")
+    bench.add_argument("--dtype", help="default: bfloat16")
+    bench.add_argument("--device", help="default: cuda")
+    bench.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None,
+                       help="torch.compile what lies between our engine's products (default: yes)")  # fmt: skip
+    bench.set_defaults(command=_bench_decode)
 
     build = commands.add_parser("build", help="build the book from the published presets and one run")
     build.add_argument("--run", type=Path, help="a run folder that replaces what is published of its preset")

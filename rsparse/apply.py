@@ -111,6 +111,12 @@ def protocol_of(model: nn.Module) -> TokenProtocol | None:
     return state.protocol if state and state.masks else None
 
 
+def masks_of(model: nn.Module) -> dict[str, tuple[Place, Masked]]:
+    """By name, every place where a mask hangs, and what hangs there; none for a dense model."""
+    state = getattr(model, "_rsparse", None)
+    return state.masks if state else {}
+
+
 @contextmanager
 def tokens_as(model: nn.Module, tokens: Tokens) -> Iterator[None]:
     """Inside, the sparsified `model` follows another token rule; without effect on a dense model."""

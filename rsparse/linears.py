@@ -8,6 +8,7 @@ computes what a sparse kernel would from dense products; speed is the kernels' b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class Masked(nn.Module):
         super().__init__()
         self.dense, self.split, self.protocol, self.threshold = dense, split, protocol, threshold
         self.tally: KeptTally | None = None
+        self.tape: Callable[[Tensor], Tensor] | None = None  # own mask -> the one to use, see rsparse.replay
         self.register_buffer("norms", norms, persistent=False)
 
     def scored(self, x: Tensor) -> Tensor:
@@ -57,6 +59,8 @@ class Masked(nn.Module):
         """z (rows, positions, channels) with zeros in the channels that sparse positions drop; counts what is kept."""
         sparse = self.protocol.on(z.device)
         keep = self.keep(z)
+        if self.tape is not None:
+            keep = self.tape(keep)
         if self.tally is not None:
             self.tally.add(keep, sparse)
         if sparse is not None:

@@ -91,6 +91,19 @@ def gpu_peak_memory(device: str) -> int:
     return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
 
 
+def reset_peak_memory(device: str) -> None:
+    """Begin `gpu_peak_memory` anew from what is held now."""
+    import torch
+
+    for gpu in range(torch.cuda.device_count()) if device.startswith("cuda") else ():
+        torch.cuda.reset_peak_memory_stats(gpu)
+
+
+def process_peak_memory() -> int:
+    """Most bytes of main memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
 class Clock:
     """Wall time and peak memory from its creation on."""
 
@@ -106,7 +119,7 @@ class Clock:
             "device": device_name(self.device),
             "seed": seed,
             "seconds": round(time.monotonic() - self._start, 1),
-            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+            "peak_memory": process_peak_memory(),
             "gpu_peak_memory": gpu_peak_memory(self.device),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "parameters": parameters,
