@@ -63,7 +63,8 @@ class Gemv(nn.Module):
         self.most_tokens = MOST_TOKENS.get(device, 0) if most_tokens is None else most_tokens
         if int4:
             self.most_tokens = min(self.most_tokens, 1 if device == "cuda" else 0)
-        self.configuration, self.work = None, ()
+        # inductor refuses an operation that mutates a list of nothing
+        self.configuration, self.work = None, (torch.empty(0, device=packed.table.device),)
         if self.takes(1) == "triton":
             from kernels import triton_gemv
 
