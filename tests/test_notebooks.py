@@ -142,7 +142,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def read_only(tmp_path_factory):
     """(a copy of the checkout, the command that runs another one where the copy cannot be written)."""
     copy = tmp_path_factory.mktemp("read-only") / "checkout"
-    for part in ("rsparse", "data", "notebooks"):
+    for part in ("rsparse", "kernels", "data", "notebooks"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
     if os.geteuid() != 0:
         subprocess.run(["chmod", "-R", "a-w", copy], check=True)
