@@ -8,11 +8,8 @@ another; with --breakdown, what a launch spends its time on. Bytes are those of 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -29,6 +26,7 @@ from kernels.operations import Gemv, has_triton
 from kernels.packing import Packed, Segment
 from kernels.quantized import GROUP, Quantized
 from kernels.shapes import SIZES, Fused, fused
+from kernels.tuning import tune, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int4": torch.bfloat16}
 """Of storage -> of x."""
@@ -99,8 +97,6 @@ def operations(one: Fused, asked: Asked, sparsity: float, rho: float, x: Tensor,
     packs = [weights(one, asked, sparsity, rho, drawn, asked.seed + i, gain) for i in range(count)]
     configuration = None
     if asked.device == "cuda" and has_triton():
-        from kernels.tuning import tune
-
         configuration = tune(packs, one.gated, x, sparsity)
     return [Gemv(packed, one.gated, None, configuration, len(x)) for packed in packs]
 
@@ -233,10 +229,12 @@ def _chained(steps: Sequence, x: Tensor, asked: Asked) -> float:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive values."""
     return float(torch.tensor(values, dtype=torch.float64).log().mean().exp())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0. SystemExit for options that are not allowed, ValueError for inputs that are not published."""
     options = _options(arguments)
     rows = []
     for sparsity in options.sparsity:
@@ -251,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{name} {value:.2f}" for name, value in found[-1].items() if name != "linear"))  # fmt: skip
             rows += [asdict(asked) | row for row in found]
             if options.json:
-                _write(options.json, {"about": _where(options.device), "rows": rows})
+                write_json(options.json, {"about": _where(options.device), "rows": rows})
     return 0
 
 
@@ -298,12 +296,6 @@ def _where(device: str) -> dict[str, Any]:
         "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _sparse_path(
                 found = tiles.inverse_rms(x + token * n, n, eps, NORM_WIDTH)
                 scale = tl.where(tokens == token, found, scale)
         each = x + tokens[:, None] * n
-        count = tiles.list_kept(each, n, front, scale, own, threshold, start, end, entries, TOKENS, BATCH_LIST, NORMS,
+        count = tiles.list_kept(each, front, scale, own, threshold, start, end, entries, TOKENS, BATCH_LIST, NORMS,
                                 FRONT)  # fmt: skip
         sums = tiles.batched(each, table, front, scale, own, threshold, entries, count, m, columns, PAD, ROWS, COLUMNS,
                              NORMS, FRONT, INTERPRETED)  # fmt: skip
@@ -169,10 +169,10 @@ def _sparse_path(
     else:
         scale = tiles.inverse_rms(x, n, eps, NORM_WIDTH) if FRONT else 1.0
         if INT4:
-            tiles.int4(x, table, scales, front, scale, own, threshold, start, end, n, m, block, entries, out, ROWS, SUB,
+            tiles.int4(x, table, scales, front, scale, own, threshold, start, end, m, block, entries, out, ROWS, SUB,
                        COLUMNS, NORMS, FRONT, INTERPRETED)  # fmt: skip
         elif LISTED:
-            count = tiles.list_kept(x, n, front, scale, own, threshold, start, end, entries, 1, LIST, NORMS, FRONT)
+            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, 1, LIST, NORMS, FRONT)
             sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, COLUMNS, FRONT, INTERPRETED)
             tl.store(out + columns, sums)
         else:

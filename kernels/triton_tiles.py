@@ -85,10 +85,10 @@ def masked(x, table, front, scale, norms, threshold, start, end, m, columns, ROW
 
 
 @triton.jit
-def list_kept(x, n, front, scale, norms, threshold, start, end, entries, TOKENS: tl.constexpr, LIST: tl.constexpr,
+def list_kept(x, front, scale, norms, threshold, start, end, entries, TOKENS: tl.constexpr, LIST: tl.constexpr,
               NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
     """Writes the channels of start..end that any token keeps to `entries`, `LIST` at a time; how many there are.
-    scale: a scalar, or (TOKENS,) for several."""
+    scale: a scalar, or a vector for x, pointers, of several tokens."""
     count = 0
     for begin in range(start, end, LIST):
         rows = begin + tl.arange(0, LIST)
@@ -232,9 +232,9 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def int4(x, table, steps, front, scale, norms, threshold, start, end, n, m, block, entries, out,
+def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, entries, out,
          ROWS: tl.constexpr, SUB: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
-              INTERPRETED: tl.constexpr):  # fmt: skip
+         INTERPRETED: tl.constexpr):  # fmt: skip
     """The sparse path of one token over INT4 weights, a list per group of 128 channels that share a step (its scale);
     start is a multiple of 128. Stores its sums at `out`."""
     WORDS: tl.constexpr = COLUMNS // 8
@@ -245,7 +245,7 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, n, m, bloc
     for begin_group in range(start, end, 128):
         own = entries + begin_group - start
         last = tl.minimum(begin_group + 128, end)
-        count = list_kept(x, n, front, scale, norms, threshold, begin_group, last, own, 1, 128, NORMS, FRONT)
+        count = list_kept(x, front, scale, norms, threshold, begin_group, last, own, 1, 128, NORMS, FRONT)
         sums = _zeros(SUB, WORDS, 8)
         rows, value = _entries(x, front, scale, own, place, count, FRONT)
         for begin in range(0, count, ROWS):

@@ -61,7 +61,7 @@ def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: floa
             operations = [Gemv(packed, gated, None, candidate, len(x)) for packed in weights]
             seconds[candidate] = timing.measure([lambda o=o: o(x) for o in operations], "cuda", 5).p50
         known = _read() | {key: asdict(min(seconds, key=seconds.__getitem__))}
-        _write(known)
+        write_json(cache_path(), known)
     return Configuration(**known[key])
 
 
@@ -88,9 +88,9 @@ def _read() -> dict[str, dict]:
         return {}
 
 
-def _write(known: dict[str, dict]) -> None:
-    path = cache_path()
+def write_json(path: Path, content: dict) -> None:
+    """`content` as JSON at `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(known, file, indent=1)
+        json.dump(content, file, indent=1)
     os.replace(file.name, path)
