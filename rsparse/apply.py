@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -39,7 +39,7 @@ class _State:
     protocol: TokenProtocol
     handle: torch.utils.hooks.RemovableHandle
     masks: dict[str, tuple[Place, Masked]]
-    report: Report
+    report: Report | None
 
 
 def sparsify(
@@ -147,6 +147,20 @@ def counting(model: nn.Module) -> Iterator[Callable[[], Report]]:
             module.tally = None
 
 
+@contextmanager
+def hung(model: nn.Module, masks: Mapping[str, tuple[Place, Masked]], protocol: TokenProtocol) -> Iterator[None]:
+    """Inside, modules that no method puts there hang on the dense `model` and follow `protocol`; dense again after.
+
+    masks: by the name of their place, each with where it hangs. There is no report of them.
+    """
+    calibrate.check_dense(model)
+    _install(model, protocol, dict(masks), None)
+    try:
+        yield
+    finally:
+        restore(model)
+
+
 def measure(model: nn.Module, ids: Tensor) -> Report:
     """The report with realised sparsity (mean, spread) of every linear over every position of `ids`.
 
@@ -252,7 +266,7 @@ def _from_dense(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _install(model: nn.Module, protocol: TokenProtocol, masks: dict, report: Report) -> None:
+def _install(model: nn.Module, protocol: TokenProtocol, masks: dict, report: Report | None) -> None:
     for place, module in masks.values():
         place.exchange(module)
     model._rsparse = _State(protocol, protocol.attach(model.model), masks, report)

@@ -241,14 +241,24 @@ class Scored(NamedTuple):
 
 
 def score_tasks(
-    model: nn.Module, tokenizer, suite: str, items: int | None = None, batch_size: int = 16, bos: bool = True
+    model: nn.Module,
+    tokenizer,
+    suite: str,
+    items: int | None = None,
+    batch_size: int = 16,
+    bos: bool = True,
+    only: Sequence[str] = (),
 ) -> Scored:
-    """Score the tasks of a suite under the model's token protocol.
+    """Score the tasks of a suite, or those of them in `only`, under the model's token protocol.
 
     items: the first so many of each task, None for all; of a task in parts about so many, equally many of every part.
-    Such a task is one, its items side by side, which is lm-eval's own weighting of its parts.
+    Such a task is one, its items side by side, which is lm-eval's own weighting of its parts. ValueError for a task in
+    `only` that the suite does not have.
     """
     tasks = load_tasks(suite)
+    if unknown := set(only) - set(map(_whole, tasks)):
+        raise ValueError(f"task is {min(unknown)!r}; expected one of {', '.join(dict.fromkeys(map(_whole, tasks)))}")
+    tasks = {name: task for name, task in tasks.items() if not only or _whole(name) in only}
     lm = SparseLM(model, tokenizer, batch_size, bos)
     found: dict[str, list] = {}
     for limit, group in _by_limit(tasks, items).items():
