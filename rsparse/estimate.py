@@ -173,11 +173,11 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     if what == "summaries":
         return parameters["articles"] * parameters["summary_tokens"]
     suites = {"official": OFFICIAL_ROWS, "teal": TEAL_ROWS}
-    if what != "tasks" or parameters["suite"] not in suites:
+    if what not in ("tasks", "some tasks") or parameters["suite"] not in suites:
         raise ValueError(f"no projection for {what!r} of suite {parameters.get('suite')!r}; expected official tasks")
-    limit = parameters["items"] or 10**9
-    rows = suites[parameters["suite"]].values()
-    return sum(min(items, limit) * options * length for items, options, length in rows)
+    limit, rows = parameters["items"] or 10**9, suites[parameters["suite"]]
+    chosen = rows.values() if what == "tasks" else [rows[task] for task in parameters["tasks"]]
+    return sum(min(items, limit) * options * length for items, options, length in chosen)
 
 
 def _search_passes(parameters: Mapping[str, Any]) -> float:
