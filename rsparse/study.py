@@ -43,6 +43,7 @@ class Setting:
     threshold: str = "static"
     scope: str | None = None
     recipe: Recipe | None = None
+    factors: str = "svd"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -51,7 +52,7 @@ class Setting:
             object.__setattr__(self, "scope", METHODS[self.method].scope)
         if self.scope not in models.SCOPES:
             raise ValueError(f"scope is {self.scope!r}; expected one of {', '.join(models.SCOPES)}")
-        Ask(self.sparsity, self.rho, self.score, self.threshold)
+        Ask(self.sparsity, self.rho, self.score, self.threshold, self.factors)
 
     @property
     def has_mask(self) -> bool:
@@ -61,7 +62,8 @@ class Setting:
     @property
     def calibrated(self) -> bool:
         """Whether calibration tokens have a say in it."""
-        return METHODS[self.method].calibrates or (self.canonical.has_mask and self.threshold != "per-token")
+        made = METHODS[self.method].calibrates or self.canonical.factors != "svd"
+        return made or (self.canonical.has_mask and self.threshold != "per-token")
 
     @property
     def canonical(self) -> Setting:
@@ -71,7 +73,7 @@ class Setting:
             return self
         if self.method == "r-sparse" and self.rho == 1 and self.score == "magnitude":
             return replace(self, method="teal").canonical
-        if self.method == "r-sparse" and self.rho == 0:
+        if self.method == "r-sparse" and self.rho == 0 and self.factors == "svd":
             return replace(self, method="low-rank").canonical
         method = METHODS[self.method]
         narrow = method.parts and method.touches(self.scope) == method.touches("mlp")
@@ -86,6 +88,7 @@ class Setting:
         """The columns of `results.COLUMNS` that name it; "" and None where a column means nothing."""
         method = METHODS[self.method]
         used = {name: getattr(self, name) for name in method.takes}
+        own = {"rho": None, "score": "", "threshold": "", "factors": ""} if self.recipe else {}  # of every linear
         return {
             "method": self.method,
             "scope": self.scope,
@@ -94,7 +97,7 @@ class Setting:
             "rho": None,
             "score": "",
             "threshold": "",
-        } | {**method.fixed, **used} | ({"rho": None, "score": "", "threshold": ""} if self.recipe else {})
+        } | {**method.fixed, **used, **own}
 
 
 DENSE = Setting("dense")

@@ -29,6 +29,7 @@ class Request:
     rho: float = 0.95
     score: str = "magnitude"
     threshold: str = "static"
+    factors: str = "svd"
     calibration: Calibration | None = None
     store: FactorStore | None = None
 
