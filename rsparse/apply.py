@@ -77,7 +77,7 @@ def sparsify(
         if calibration is not None or (chosen.calibrates and sparsity > 0):
             calibration = _check_calibration(model, calibration, f"{method} needs")
         store = store or default_store()
-        request = Request(sparsity, rho, score, threshold, factors, calibration, store)
+        request = Request(sparsity, rho, score, threshold, calibration, store, factors)
         planned = planning.plan(model, chosen, scope, request, recipe)
         calibrated = [x for x in planned.masks.values() if x.needs_threshold]
         calibration = _check_calibration(model, calibration, "static thresholds need") if calibrated else calibration

@@ -134,7 +134,7 @@ class FactorStore:
 
     def keep(self, key: str, weight: Tensor, make: Callable[[], Factors]) -> Factors:
         """Factors ``make()`` of `weight`, in its dtype on its device, kept under `key`; with their time noted."""
-        with self._timed(weight):
+        with self.timed(weight):
             made = make()
         return self._keep(key, made.to(weight.dtype), weight.device)
 
@@ -147,7 +147,7 @@ class FactorStore:
 
     def compute(self, weight: Tensor, rank: int) -> Factors:
         """`svd_factors`, with its time noted; nothing is read or stored."""
-        with self._timed(weight):
+        with self.timed(weight):
             return svd_factors(weight, rank)
 
     def basis(self, key: str, gram: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -155,14 +155,15 @@ class FactorStore:
         path = self.folder / f"{key}-basis-{str(dtype).removeprefix('torch.')}-v{self.VERSION}.safetensors"
         if not path.exists():
             matrix = gram()
-            with self._timed(matrix):
+            with self.timed(matrix):
                 V = eigenbasis(matrix).to(dtype)
             self._save(path, {"V": V})
         with safe_open(path, framework="pt", device=str(device)) as file:
             return file.get_tensor("V")
 
     @contextmanager
-    def _timed(self, matrix: Tensor) -> Iterator[None]:
+    def timed(self, matrix: Tensor) -> Iterator[None]:
+        """Note the time of a decomposition inside, under the shape of `matrix`."""
         started = time.monotonic()
         yield
         if matrix.device.type == "cuda":

@@ -164,6 +164,8 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     """Tokens that one measurement of the kind `what` feeds under a real preset's parameters."""
     if what == "calibrate":
         return parameters["samples"] * parameters["length"]
+    if what == "residuals":
+        return parameters["samples"] * parameters["length"] + parameters["windows"] * parameters["window"]
     if what == "greedy":
         return min(parameters["samples"] * parameters["length"], SEARCHED)
     if what == "heldout":

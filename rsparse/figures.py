@@ -361,6 +361,82 @@ def _decades(linear: float, low: float, high: float, most: int) -> list[float]:
 
 
 @styled
+def phases(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str]) -> Figure:
+    """Quality over the share of dropped inputs: a row of panels per side, a column per measure, a line per replacement.
+
+    frame: rows of `phase_reading.lines`; those without a side (dense, the deployed methods) stand in every row.
+    measures: (task, metric) -> axis label. Bars are one standard error; perplexity is on a logarithmic axis.
+    """
+    sides = [side for side in dict.fromkeys(frame["side"]) if side]
+    counts = sorted(set(frame["phases"].dropna()))
+    shades = dict(zip(counts, mpl.colormaps["viridis"](np.linspace(0, 0.85, len(counts))), strict=True))
+    figure, axes = panels(len(sides), len(measures), 3.6, 2.9, sharex=True)
+    for row, side in zip(axes, sides, strict=True):
+        for axis, ((task, metric), label) in zip(row, measures.items(), strict=True):
+            part = frame[(frame["task"] == task) & (frame["metric"] == metric) & frame["side"].isin(["", side])]
+            scale = 100 if metric in PERCENT else 1
+            dense = scale * part.loc[part["line"] == "dense", "value"].mean()
+            axis.axhline(dense, color=LOOK["dense"][0], linestyle=":", label="dense")
+            order = part[part["line"] != "dense"].sort_values("phases", kind="stable")
+            for line, own in order.groupby("line", sort=False):
+                count, groups = own["phases"].iloc[0], own.groupby("sparsity")
+                known = own["method"].iloc[0] in LOOK
+                marker = LOOK[own["method"].iloc[0]][1] if known else MARKERS[counts.index(count) % len(MARKERS)]
+                look = {"color": LOOK[own["method"].iloc[0]][0] if known else shades[count], "marker": marker}
+                look["linestyle"] = "--" if known else "-"
+                value, reach = scale * groups["value"].mean(), scale * groups["stderr"].first()
+                if metric in PERCENT:
+                    reach = [np.minimum(reach, value), np.minimum(reach, 100 - value)]
+                axis.errorbar(100 * value.index, value, reach, label=line, capsize=2, **look)
+            axis.set(ylabel=_folded(label))
+            if metric == "perplexity":
+                axis.set_yscale("log")
+        row[0].set_title(f"dropped by {side}", loc="left")
+    for axis in axes[-1]:
+        axis.set_xlabel("inputs dropped, or bytes unread (%)")
+    _legend_below(figure, axes[0, 0], "in the place of what is dropped; bars: one standard error")
+    return figure
+
+
+@styled
+def residual_errors(curves: Mapping[str, Mapping[str, np.ndarray]], sides: Mapping[str, int]) -> Figure:
+    """What low-rank factors leave of the residuals, in percent, against the rank: a panel per linear.
+
+    curves: linear -> as `residuals.Curves`. sides: linear -> the smaller side of its weight, which ends the axis.
+    """
+    titles = {"svd": "singular vectors of W (deployed)", "whitened": "whitened", "hindsight": "best in hindsight"}
+    figure, axes = panels(2, 4, 2.4, 2.2, sharey=True)
+    for axis, (kind, own) in zip(axes.flat, curves.items(), strict=False):
+        for number, (factors, title) in enumerate(titles.items()):
+            axis.plot(own["ranks"], 100 * own[factors], color=CYCLE[number], linestyle=DASHES[number], label=title)
+        axis.axvline(own["deployed"][0], color="black", linewidth=1, linestyle=":", label="rank that the budget buys")
+        axis.set_xscale("log")
+        axis.set(title=kind, xlabel="rank", ylim=(0, 102), xlim=(1, sides[kind]))
+        axis.xaxis.set_major_formatter("{x:g}")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error (% of the\nresiduals' energy)")
+    for axis in axes.flat[len(curves) :]:
+        axis.axis("off")
+    axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
+    return figure
+
+
+@styled
+def spectra(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Singular values of the residuals' outputs over the largest, a line per linear. curves: as `residual_errors`."""
+    figure, axes = panels(1, 1, 6.4, 3.4)
+    looks = zip(CYCLE, MARKERS, (*DASHES, *DASHES), strict=False)
+    for (kind, own), (colour, marker, dash) in zip(curves.items(), looks, strict=False):
+        axes[0, 0].plot(own["ranks"], own["spectrum"], color=colour, linestyle=dash, marker=marker, markersize=4,
+                        label=kind)  # fmt: skip
+    axes[0, 0].set(xlabel="component", ylabel="singular value\nover the largest", ylim=(0, 1.03))
+    axes[0, 0].set_xscale("log")
+    axes[0, 0].xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].legend()
+    return figure
+
+
+@styled
 def allocation(frame: pd.DataFrame) -> Figure:
     """What a search gave every linear: heat maps of layer x kind, one panel per sparsity.
 

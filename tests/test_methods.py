@@ -135,7 +135,7 @@ def test_a_method_says_what_of_a_request_it_takes(build, ids):
     model = build()
     kept = dict(calibration=Calibration(model, ids[:1]), store=default_store())
     base = dict(sparsity=0.5, rho=0.9, score="magnitude", threshold="static") | kept
-    other = dict(sparsity=0.6, rho=0.8, score="column-norm", threshold="per-token")
+    other = dict(sparsity=0.6, rho=0.8, score="column-norm", threshold="per-token", factors="whitened")
     for method in METHODS.values():
         linears = touched(method.name, decoder_linears(model))
         asked = method.plan(linears, Request(**base))

@@ -29,9 +29,9 @@ class Request:
     rho: float = 0.95
     score: str = "magnitude"
     threshold: str = "static"
-    factors: str = "svd"
     calibration: Calibration | None = None
     store: FactorStore | None = None
+    factors: str = "svd"
 
 
 Plan = Callable[[Sequence[DecoderLinear], Request], dict[str, Ask]]
