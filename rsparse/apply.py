@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -135,17 +136,29 @@ def counting(model: nn.Module) -> Iterator[Callable[[], Report]]:
 
     ValueError for a dense model.
     """
+    with tallied(model, KeptTally) as tallies:
+        report = report_of(model)
+        lines = report.linears
+        yield lambda: replace(report, linears=tuple(_with_tally(x, tallies.get(x.follows or x.name)) for x in lines))
+
+
+Tally = TypeVar("Tally")
+
+
+@contextmanager
+def tallied(model: nn.Module, make: Callable[[], Tally]) -> Iterator[dict[str, Tally]]:
+    """Inside, every mask of the sparsified `model` adds what it keeps to a ``make()`` of its own; by places' names.
+
+    A tally has ``add(keep, counted)``, as `rsparse.linears.KeptTally`. ValueError for a dense model.
+    """
     state = getattr(model, "_rsparse", None)
     if state is None:
         raise ValueError("the model is dense; expected one that sparsify was called on")
-    tallies = {name: KeptTally() for name in state.masks}
+    tallies = {name: make() for name in state.masks}
     for name, (_, module) in state.masks.items():
         module.tally = tallies[name]
-    lines = state.report.linears
     try:
-        yield lambda: replace(
-            state.report, linears=tuple(_with_tally(x, tallies.get(x.follows or x.name)) for x in lines)
-        )
+        yield tallies
     finally:
         for _, module in state.masks.values():
             module.tally = None

@@ -164,7 +164,9 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     """Tokens that one measurement of the kind `what` feeds under a real preset's parameters."""
     if what == "calibrate":
         return parameters["samples"] * parameters["length"]
-    if what == "residuals":
+    if what == "propagation":  # the dense and the sparse model side by side
+        return 2 * parameters["windows"] * parameters["window"]
+    if what in ("residuals", "inside"):
         return parameters["samples"] * parameters["length"] + parameters["windows"] * parameters["window"]
     if what == "greedy":
         return min(parameters["samples"] * parameters["length"], SEARCHED)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rsparse.accounting import Split, exact
-from rsparse.apply import hung
+from rsparse.apply import hung, tallied
 from rsparse.calibrate import ROUNDS, Calibration, check_dense, hooks, run_decoder
 from rsparse.linears import KeptTally, SparseLinear
 from rsparse.models import DecoderLinear, decoder_linears
@@ -68,7 +68,8 @@ class ValueStatistics:
         ends = torch.linspace(0, float(dropped.sum()), phases + 1, dtype=torch.float64)
         after = dropped.cumsum(0)
         before = after - dropped
-        parts = [(after.clamp(max=b) - before.clamp(min=a)).clamp(min=0) for a, b in zip(ends, ends[1:], strict=False)]
+        bounds = zip(ends, ends[1:], strict=False)
+        parts = ((after.clamp(max=b) - before.clamp(min=a)).clamp(min=0) for a, b in bounds)
         values = torch.stack([(part @ centres) / part.sum() for part in parts])
         edges = centres[torch.searchsorted(after, ends[1:-1])]
         return Levels(side, at if signed else abs(at), edges.float(), values.float())
@@ -166,7 +167,5 @@ def multi_phase(
             levels = {key: statistics.levels(share, phases, side) for key, statistics in found.items()}
             for linear, module in modules.values():
                 module.levels = levels[linear.layer, linear.site]
-        tallies = {name: KeptTally() for name in modules}
-        for name, (_, module) in modules.items():
-            module.tally = tallies[name]
-        yield tallies
+        with tallied(model, KeptTally) as tallies:
+            yield tallies

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-import rsparse
 from reference import recorded
 from rsparse.apply import protocol_of
 from rsparse.calibrate import Calibration
+from rsparse.evaluate import token_losses
 from rsparse.models import decoder_linears
 from rsparse.phases import SIDES, PhaseLinear, ValueStatistics, collect, multi_phase
 from rsparse.protocol import TokenProtocol
@@ -117,7 +117,7 @@ def test_on_a_model_and_off_again(build, ids, logits):
     calibration = Calibration(model, ids)
     dense = collect(model, ids, decoder_linears(model))
     with multi_phase(calibration, 0.75, 2, "magnitude", dense) as tallies:
-        rsparse.evaluate.token_losses(model, ids)
+        token_losses(model, ids)
         stays = [tally.mean / x.channels for x, tally in zip(decoder_linears(model), tallies.values(), strict=False)]
         assert np.mean(stays) == pytest.approx(0.25, abs=0.02)
         assert protocol_of(model).tokens == "all"
@@ -130,7 +130,7 @@ def test_many_phases_are_the_dense_model(build, ids, logits):
     model = build()
     before = logits(model, ids)
     dense = collect(model, ids, decoder_linears(model))
-    with multi_phase(Calibration(model, ids), 0.9, 4096, "magnitude", dense):
+    with multi_phase(Calibration(model, ids), 0.9, 64, "magnitude", dense):
         near = logits(model, ids)
     with multi_phase(Calibration(model, ids), 0.9, 1, "magnitude", dense):
         far = logits(model, ids)

@@ -68,9 +68,10 @@ def error_reading(rows: pd.DataFrame, model: str) -> str:
     return (
         f"At the rank that the budget buys ({part['rank'].min():.0f} to {part['rank'].max():.0f}), the singular "
         f"vectors of W leave {mean['svd']:.0%} of the residuals' energy on `{model}`, whitened factors "
-        f"{mean['whitened']:.0%}, and the best in hindsight {mean['hindsight']:.0%}, means over linears. Whitened is nearer than W's own in "
-        f"{better} of {len(wide)} linears and closes {closed:.0%} of the mean gap to hindsight. The residuals "
-        f"themselves hold {share.min():.1%} to {share.max():.1%} of their linear's output energy."
+        f"{mean['whitened']:.0%}, and the best in hindsight {mean['hindsight']:.0%}, means over linears. Whitened is "
+        f"nearer than W's own in {better} of {len(wide)} linears and closes {closed:.0%} of the mean gap to "
+        f"hindsight. The residuals themselves hold {share.min():.1%} to {share.max():.1%} of their linear's "
+        "output energy."
     )
 
 
