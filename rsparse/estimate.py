@@ -168,6 +168,9 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
         return 2 * parameters["windows"] * parameters["window"]
     if what in ("residuals", "inside"):
         return parameters["samples"] * parameters["length"] + parameters["windows"] * parameters["window"]
+    if what == "importance":
+        texts = parameters["samples"] * (1 + len(parameters["sources"])) + max(parameters["counts"])
+        return texts * parameters["length"]
     if what == "greedy":
         return min(parameters["samples"] * parameters["length"], SEARCHED)
     if what == "heldout":

@@ -513,6 +513,30 @@ def _by_block(
 
 
 @styled
+def similarity(frame: pd.DataFrame) -> Figure:
+    """Similarity to the reference against the number of samples: a panel per measure, a line per linear.
+
+    frame: columns measure, linear, samples, value.
+    """
+    measures = list(dict.fromkeys(frame["measure"]))
+    figure, axes = panels(1, len(measures), 2.7, 3.0, sharey=True)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        part = frame[frame["measure"] == measure]
+        looks = zip(KINDS, CYCLE, MARKERS, (*DASHES, *DASHES), strict=False)
+        for kind, colour, marker, dash in looks:
+            own = part[part["linear"] == kind].sort_values("samples")
+            axis.plot(own["samples"], own["value"], color=colour, marker=marker, linestyle=dash, label=kind)
+        axis.set_xscale("log")
+        axis.set(title=measure, xlabel="samples", ylim=(-0.05, 1.05))
+        axis.set_xticks(sorted(set(part["samples"])), [f"{x:.0f}" for x in sorted(set(part["samples"]))])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axes[0, 0].set_ylabel("similarity to the reference\n(rank correlation; last panel: share)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, title="medians over layers")
+    return figure
+
+
+@styled
 def allocation(frame: pd.DataFrame) -> Figure:
     """What a search gave every linear: heat maps of layer x kind, one panel per sparsity.
 

@@ -15,9 +15,10 @@ import math
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -268,6 +269,19 @@ def score_tasks(
     frame = pd.concat([_item_rows(name, task, found[name]) for name, task in tasks.items()], ignore_index=True)
     frame["item"] = frame.groupby("task").cumcount()
     return Scored(frame, lm.influenced / max(lm.scored, 1), lm.fed, lm.seconds)
+
+
+def row_texts(suite: str, items: int | None = None) -> Iterator[str]:
+    """The scored rows of a suite's tasks as text, question and one answer each, tasks in turn.
+
+    items: the first so many of each task, None for all.
+    """
+    rows = []
+    for task in load_tasks(suite).values():
+        task.build_all_requests(limit=items)
+        rows.append(["".join(request.arguments[:2]) for request in task.instances])
+    for turn in zip_longest(*rows):
+        yield from filter(None, turn)
 
 
 def _whole(name: str) -> str:
