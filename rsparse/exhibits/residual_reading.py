@@ -66,11 +66,11 @@ def error_reading(rows: pd.DataFrame, model: str) -> str:
     closed = (mean["svd"] - mean["whitened"]) / gap if gap > 0 else float("nan")
     share = rows.loc[rows["metric"] == "residual_share", "value"]
     return (
-        f"At the rank that the budget buys ({part['rank'].min():.0f} to {part['rank'].max():.0f}), the singular "
+        f"At the rank that the budget buys ({_ends(part['rank'], '{:.0f}')}), the singular "
         f"vectors of W leave {mean['svd']:.0%} of the residuals' energy on `{model}`, whitened factors "
         f"{mean['whitened']:.0%}, and the best in hindsight {mean['hindsight']:.0%}, means over linears. Whitened is "
         f"nearer than W's own in {better} of {len(wide)} linears and closes {closed:.0%} of the mean gap to "
-        f"hindsight. The residuals themselves hold {share.min():.1%} to {share.max():.1%} of their linear's "
+        f"hindsight. The residuals themselves hold {_ends(share, '{:.1%}')} of their linear's "
         "output energy."
     )
 
@@ -81,9 +81,14 @@ def half_reading(curves: dict, model: str) -> str:
     for kind in [x for x in KINDS if any(kind == x for _, kind in curves)]:
         found = [_half(own) for (_, linear), own in curves.items() if linear == kind]
         deployed = max(own["deployed"][0] for (_, linear), own in curves.items() if linear == kind)
-        low, high = (f"{end(found):.0f}" for end in (min, max))
-        said.append(f"{kind} {low if low == high else f'{low} to {high}'} (deployed {deployed:.0f})")
+        said.append(f"{kind} {_ends(pd.Series(found), '{:.0f}')} (deployed {deployed:.0f})")
     return f"Half of the residuals' energy on `{model}` takes, even in hindsight, a rank of: {listed(said)}."
+
+
+def _ends(values: pd.Series, form: str) -> str:
+    """"2 to 6", or "2" where both ends print alike."""
+    low, high = form.format(values.min()), form.format(values.max())
+    return low if low == high else f"{low} to {high}"
 
 
 def _half(curves: dict) -> float:
