@@ -211,8 +211,8 @@ def test_the_reading_of_errors():
 
 
 def factor_row(rho: float, against: str | None, value: float, low: float, high: float, **more) -> dict:
-    return {"method": "r-sparse", "factors": "whitened", "sparsity": 0.5, "rho": rho, "against": against, "ranks": "q 4",
-            "task": "heldout", "metric": "diff_perplexity_log", "value": value, "low": low,
+    return {"method": "r-sparse", "factors": "whitened", "sparsity": 0.5, "rho": rho, "against": against,
+            "ranks": "q 4", "task": "heldout", "metric": "diff_perplexity_log", "value": value, "low": low,
             "high": high} | more  # fmt: skip
 
 
