@@ -162,7 +162,7 @@ def test_what_a_method_says_of_itself_fits_together():
     assert [m.name for m in METHODS.values() if m.prompted] == ["griffin"]
     for method in METHODS.values():
         assert set(method.follows) <= set(method.parts) and bool(method.rotate) == bool(method.rotated)
-        assert method.takes <= {"sparsity", "rho", "score", "threshold"}
+        assert method.takes <= {"sparsity", "rho", "score", "threshold", "factors"}
 
 
 def proportions(shape: str):
