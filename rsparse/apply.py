@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from rsparse import calibrate, planning
 from rsparse.calibrate import Calibration
-from rsparse.decompose import FactorStore, default_store
+from rsparse.decompose import Factors, FactorStore, default_store
 from rsparse.linears import KeptTally, Masked, SparseLinear
 from rsparse.methods import Request
 from rsparse.models import DecoderActivation, DecoderLinear, Place
@@ -26,6 +27,7 @@ from rsparse.recipe import Ask, Recipe
 from rsparse.report import LinearReport, Report
 from rsparse.rotations import RotatedLinear
 from rsparse.thresholds import THRESHOLDS
+from rsparse.whitening import whitened
 
 REALISED_TOKENS = 1024
 """`sparsify` measures the realised sparsity on as many calibration tokens, or on the first sample if
@@ -39,7 +41,7 @@ class _State:
     protocol: TokenProtocol
     handle: torch.utils.hooks.RemovableHandle
     masks: dict[str, tuple[Place, Masked]]
-    report: Report
+    report: Report | None
 
 
 def sparsify(
@@ -54,6 +56,7 @@ def sparsify(
     calibration: Tensor | Calibration | None = None,
     recipe: Recipe | None = None,
     store: FactorStore | None = None,
+    factors: str = "svd",
 ) -> Report:
     """Put `method` on `model`, a Hugging Face Llama or Mistral causal LM, in place.
 
@@ -61,26 +64,28 @@ def sparsify(
     their own. threshold: one of THRESHOLDS, see rsparse.calibrate. tokens: which positions are sparse, see
     rsparse.protocol. scope: "all", "mlp" or "attention"; None is the method's own, "all" but for those that were made
     for the MLP. calibration: token ids, LongTensor (samples, length), or a `Calibration` that several calls share;
-    needed for static thresholds, and by some methods. recipe: overrides sparsity, rho, score and threshold linear by
-    linear (r-sparse only). store: where low-rank factors and rotations are kept between runs.
+    needed for static thresholds, whitened factors, and by some methods. recipe: overrides sparsity, rho, score,
+    threshold and factors linear by linear (r-sparse only). store: where low-rank factors and rotations are kept between
+    runs. factors: of r-sparse, one of `rsparse.decompose.FACTORS`.
 
     A model that is sparse already is restored first. Raises ValueError, with the model as it was, for a value
     that is not allowed, a sparsity that the method cannot reach (naming the largest that it can), and where the
     weights are not in memory.
     """
-    chosen, scope = planning.check(model, method, scope, Ask(sparsity, rho, score, threshold), recipe)
+    chosen, scope = planning.check(model, method, scope, Ask(sparsity, rho, score, threshold, factors), recipe)
     check_tokens(tokens)
     with _from_dense(model):
         if calibration is not None or (chosen.calibrates and sparsity > 0):
             calibration = _check_calibration(model, calibration, f"{method} needs")
         store = store or default_store()
-        request = Request(sparsity, rho, score, threshold, calibration, store)
+        request = Request(sparsity, rho, score, threshold, calibration, store, factors)
         planned = planning.plan(model, chosen, scope, request, recipe)
         calibrated = [x for x in planned.masks.values() if x.needs_threshold]
         calibration = _check_calibration(model, calibration, "static thresholds need") if calibrated else calibration
+        made = _whitened(model, planned, calibration, store)
         protocol = TokenProtocol("all", PREFIX if chosen.prompted else 0)
         bar = tqdm(planned.masks.items(), desc="factors", leave=False, delay=2)  # nothing to see where they are stored
-        masks = {name: (mask.place, _build(mask, planned, protocol, store)) for name, mask in bar}
+        masks = {name: (mask.place, _build(mask, planned, protocol, store, made)) for name, mask in bar}
         report = _report(planned, tokens, recipe, threshold, masks)
         _set_thresholds(model, calibration, calibrated, masks, lambda: _install(model, protocol, masks, report))
         report = _report(planned, tokens, recipe, threshold, masks)
@@ -137,20 +142,46 @@ def counting(model: nn.Module) -> Iterator[Callable[[], Report]]:
 
     ValueError for a dense model.
     """
+    with tallied(model, KeptTally) as tallies:
+        report = report_of(model)
+        lines = report.linears
+        yield lambda: replace(report, linears=tuple(_with_tally(x, tallies.get(x.follows or x.name)) for x in lines))
+
+
+Tally = TypeVar("Tally")
+
+
+@contextmanager
+def tallied(model: nn.Module, make: Callable[[], Tally]) -> Iterator[dict[str, Tally]]:
+    """Inside, every mask of the sparsified `model` adds what it keeps to a ``make()`` of its own; by places' names.
+
+    A tally has ``add(keep, counted)``, as `rsparse.linears.KeptTally`. ValueError for a dense model.
+    """
     state = getattr(model, "_rsparse", None)
     if state is None:
         raise ValueError("the model is dense; expected one that sparsify was called on")
-    tallies = {name: KeptTally() for name in state.masks}
+    tallies = {name: make() for name in state.masks}
     for name, (_, module) in state.masks.items():
         module.tally = tallies[name]
-    lines = state.report.linears
     try:
-        yield lambda: replace(
-            state.report, linears=tuple(_with_tally(x, tallies.get(x.follows or x.name)) for x in lines)
-        )
+        yield tallies
     finally:
         for _, module in state.masks.values():
             module.tally = None
+
+
+@contextmanager
+def hung(model: nn.Module, masks: Mapping[str, tuple[Place, Masked]], protocol: TokenProtocol) -> Iterator[None]:
+    """Inside, modules that no method puts there hang on the dense `model` and follow `protocol`; dense again after.
+
+    masks: by the name of their place, each with where it hangs. There is no report of them.
+    """
+    calibrate.check_dense(model)
+    _install(model, protocol, dict(masks), None)
+    try:
+        yield
+    finally:
+        restore(model)
 
 
 def measure(model: nn.Module, ids: Tensor) -> Report:
@@ -173,7 +204,21 @@ def _check_calibration(model: nn.Module, calibration: Tensor | Calibration | Non
     return calibration
 
 
-def _build(mask: Mask, planned: Planned, protocol: TokenProtocol, store: FactorStore) -> Masked:
+def _whitened(
+    model: nn.Module, planned: Planned, calibration: Calibration | None, store: FactorStore
+) -> dict[str, Factors]:
+    """Factors by name of the places that have whitened ones."""
+    masks = {name: mask for name, mask in planned.masks.items() if mask.whitened}
+    if not masks:
+        return {}
+    calibration = _check_calibration(model, calibration, "whitened factors need")
+    asked = {name: (x.place, x.norms, x.split.kept, x.split.rank) for name, x in masks.items()}
+    return whitened(calibration, asked, store)
+
+
+def _build(
+    mask: Mask, planned: Planned, protocol: TokenProtocol, store: FactorStore, made: Mapping[str, Factors]
+) -> Masked:
     """The module for a place, its threshold still open where one has to be calibrated."""
     dense, split = mask.place.module, mask.split
     if isinstance(mask.place, DecoderActivation):
@@ -184,7 +229,7 @@ def _build(mask: Mask, planned: Planned, protocol: TokenProtocol, store: FactorS
         return RotatedLinear(dense, split, protocol, mask.rotation, mask.norms)
     if planned.method.prompted:
         return PromptedLinear(dense, split, protocol)
-    factors = store.get(dense.weight, split.rank) if split.rank else None
+    factors = made.get(mask.place.name) or (store.get(dense.weight, split.rank) if split.rank else None)
     return SparseLinear(dense, split, protocol, factors, mask.norms)
 
 
@@ -228,6 +273,7 @@ def _line(linear: DecoderLinear, planned: Planned, masks: dict[str, tuple[Place,
         base, kept=split.kept, channels=channels, rank=0 if follows else split.rank,
         threshold=_threshold(module), read=read, overhead=overhead, follows=follows,
         realised=1 - read if known else math.nan, spread=0.0 if known else math.nan,
+        factors=ask.factors if split.rank and not follows else "",
     )  # fmt: skip
 
 
@@ -258,7 +304,7 @@ def _from_dense(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _install(model: nn.Module, protocol: TokenProtocol, masks: dict, report: Report) -> None:
+def _install(model: nn.Module, protocol: TokenProtocol, masks: dict, report: Report | None) -> None:
     for place, module in masks.values():
         place.exchange(module)
     model._rsparse = _State(protocol, protocol.attach(model.model), masks, report)

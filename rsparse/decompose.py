@@ -19,6 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rsparse.files import atomic_path
 from rsparse.paths import cache_folder
 
+FACTORS = ("svd", "whitened")
+"""What the low-rank path can be made of: the singular vectors of W, or those of W weighted by the residual."""
 ALIGNED = 8
 """Columns whose 16-bit rows begin at 16 bytes: matrix products of other widths miss a GPU's fast path."""
 
@@ -122,18 +124,30 @@ class FactorStore:
 
     def get(self, weight: Tensor, rank: int, dtype: torch.dtype | None = None) -> Factors:
         """Leading `rank` factors of `weight` on its device, as `dtype` (default: the weight's)."""
-        dtype = dtype or weight.dtype
-        name = f"{weight_key(weight)}-{str(dtype).removeprefix('torch.')}-v{self.VERSION}.safetensors"
-        stored = self._read(self.folder / name, rank, weight.device)
-        if stored is None:
-            stored = self.compute(weight, rank).to(dtype)
-            self._save(self.folder / name, {"A": stored.A, "B": stored.B})
-            stored = stored.to(weight.device)
-        return stored
+        dtype, key = dtype or weight.dtype, weight_key(weight)
+        stored = self.find(key, rank, dtype, weight.device)
+        return stored or self._keep(key, self.compute(weight, rank).to(dtype), weight.device)
+
+    def find(self, key: str, rank: int, dtype: torch.dtype, device: torch.device) -> Factors | None:
+        """The first `rank` of the factors kept under `key` in `dtype`, on `device`; None where there are fewer."""
+        return self._read(self._path(key, dtype), rank, device)
+
+    def keep(self, key: str, weight: Tensor, make: Callable[[], Factors]) -> Factors:
+        """Factors ``make()`` of `weight`, in its dtype on its device, kept under `key`; with their time noted."""
+        with self.timed(weight):
+            made = make()
+        return self._keep(key, made.to(weight.dtype), weight.device)
+
+    def _keep(self, key: str, factors: Factors, device: torch.device) -> Factors:
+        self._save(self._path(key, factors.A.dtype), {"A": factors.A, "B": factors.B})
+        return factors.to(device)
+
+    def _path(self, key: str, dtype: torch.dtype) -> Path:
+        return self.folder / f"{key}-{str(dtype).removeprefix('torch.')}-v{self.VERSION}.safetensors"
 
     def compute(self, weight: Tensor, rank: int) -> Factors:
         """`svd_factors`, with its time noted; nothing is read or stored."""
-        with self._timed(weight):
+        with self.timed(weight):
             return svd_factors(weight, rank)
 
     def basis(self, key: str, gram: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -141,14 +155,15 @@ class FactorStore:
         path = self.folder / f"{key}-basis-{str(dtype).removeprefix('torch.')}-v{self.VERSION}.safetensors"
         if not path.exists():
             matrix = gram()
-            with self._timed(matrix):
+            with self.timed(matrix):
                 V = eigenbasis(matrix).to(dtype)
             self._save(path, {"V": V})
         with safe_open(path, framework="pt", device=str(device)) as file:
             return file.get_tensor("V")
 
     @contextmanager
-    def _timed(self, matrix: Tensor) -> Iterator[None]:
+    def timed(self, matrix: Tensor) -> Iterator[None]:
+        """Note the time of a decomposition inside, under the shape of `matrix`."""
         started = time.monotonic()
         yield
         if matrix.device.type == "cuda":

@@ -164,6 +164,13 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     """Tokens that one measurement of the kind `what` feeds under a real preset's parameters."""
     if what == "calibrate":
         return parameters["samples"] * parameters["length"]
+    if what == "propagation":  # the dense and the sparse model side by side
+        return 2 * parameters["windows"] * parameters["window"]
+    if what in ("residuals", "inside"):
+        return parameters["samples"] * parameters["length"] + parameters["windows"] * parameters["window"]
+    if what == "importance":
+        texts = parameters["samples"] * (1 + len(parameters["sources"])) + max(parameters["counts"])
+        return texts * parameters["length"]
     if what == "greedy":
         return min(parameters["samples"] * parameters["length"], SEARCHED)
     if what == "heldout":
@@ -173,11 +180,11 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     if what == "summaries":
         return parameters["articles"] * parameters["summary_tokens"]
     suites = {"official": OFFICIAL_ROWS, "teal": TEAL_ROWS}
-    if what != "tasks" or parameters["suite"] not in suites:
+    if what not in ("tasks", "some tasks") or parameters["suite"] not in suites:
         raise ValueError(f"no projection for {what!r} of suite {parameters.get('suite')!r}; expected official tasks")
-    limit = parameters["items"] or 10**9
-    rows = suites[parameters["suite"]].values()
-    return sum(min(items, limit) * options * length for items, options, length in rows)
+    limit, rows = parameters["items"] or 10**9, suites[parameters["suite"]]
+    chosen = rows.values() if what == "tasks" else [rows[task] for task in parameters["tasks"]]
+    return sum(min(items, limit) * options * length for items, options, length in chosen)
 
 
 def _search_passes(parameters: Mapping[str, Any]) -> float:

@@ -44,7 +44,10 @@ LOOK = {  # method -> colour, marker, dashes; beyond the palette's eight, grey a
     "larosa": ("#7A3560", "*", (0, (2, 1))),
     "r-sparse": ("#D55E00", "o", "-"),
 }
-VARIANTS = {"r-sparse (column-norm)": ("#8C3B00", "d", (0, (1, 1)))}
+VARIANTS = {
+    "r-sparse (column-norm)": ("#8C3B00", "d", (0, (1, 1))),
+    "r-sparse (whitened)": ("#6A3D9A", "H", (0, (4, 1, 1, 1))),
+}
 """Looks of what is a method's variant and no method."""
 SQUEEZED = 150
 """Where the differences of a figure span so many times the narrowest reach of an interval, its axis is logarithmic."""
@@ -358,6 +361,179 @@ def _decades(linear: float, low: float, high: float, most: int) -> list[float]:
     step = max(1, -(-(len(above) + len(below)) // most))
     kept = range(max([first, *above, *below]), first - 1, -step)
     return [*(-(10.0**e) for e in reversed(below) if e in kept), 0.0, *(10.0**e for e in above if e in kept)]
+
+
+@styled
+def phases(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str]) -> Figure:
+    """Quality over the share of dropped inputs: a row of panels per side, a column per measure, a line per replacement.
+
+    frame: rows of `phase_reading.lines`; those without a side (dense, the deployed methods) stand in every row.
+    measures: (task, metric) -> axis label. Bars are one standard error; perplexity is on a logarithmic axis.
+    """
+    sides = [side for side in dict.fromkeys(frame["side"]) if side]
+    counts = sorted(set(frame["phases"].dropna()))
+    shades = dict(zip(counts, mpl.colormaps["viridis"](np.linspace(0, 0.85, len(counts))), strict=True))
+    figure, axes = panels(len(sides), len(measures), 3.6, 2.9, sharex=True)
+    for row, side in zip(axes, sides, strict=True):
+        for axis, ((task, metric), label) in zip(row, measures.items(), strict=True):
+            part = frame[(frame["task"] == task) & (frame["metric"] == metric) & frame["side"].isin(["", side])]
+            scale = 100 if metric in PERCENT else 1
+            dense = scale * part.loc[part["line"] == "dense", "value"].mean()
+            axis.axhline(dense, color=LOOK["dense"][0], linestyle=":", label="dense")
+            order = part[part["line"] != "dense"].sort_values("phases", kind="stable")
+            for place, (line, own) in enumerate(order.groupby("line", sort=False)):
+                aside = 0.35 * (place - order["line"].nunique() / 2)  # else the bars of one sparsity hide one another
+                count, groups = own["phases"].iloc[0], own.groupby("sparsity")
+                known = own["method"].iloc[0] in LOOK
+                marker = LOOK[own["method"].iloc[0]][1] if known else MARKERS[counts.index(count) % len(MARKERS)]
+                look = {"color": LOOK[own["method"].iloc[0]][0] if known else shades[count], "marker": marker}
+                look["linestyle"] = "--" if known else "-"
+                value, reach = scale * groups["value"].mean(), scale * groups["stderr"].first()
+                if metric in PERCENT:
+                    reach = [np.minimum(reach, value), np.minimum(reach, 100 - value)]
+                axis.errorbar(100 * value.index + aside, value, reach, label=line, capsize=2, **look)
+            axis.set(ylabel=_folded(label), xticks=100 * np.sort(order["sparsity"].unique()))
+            if metric == "perplexity":
+                axis.set_yscale("log")
+        row[0].set_title(f"dropped by {side}", loc="left")
+    for axis in axes[-1]:
+        axis.set_xlabel("inputs dropped, or bytes unread (%)")
+    _legend_below(figure, axes[0, 0], "in the place of what is dropped; bars: one standard error")
+    return figure
+
+
+@styled
+def residual_errors(curves: Mapping[str, Mapping[str, np.ndarray]], sides: Mapping[str, int]) -> Figure:
+    """What low-rank factors leave of the residuals, in percent, against the rank: a panel per linear.
+
+    curves: linear -> as `residuals.Curves`. sides: linear -> the smaller side of its weight, which ends the axis.
+    """
+    titles = {"svd": "singular vectors of W (deployed)", "whitened": "whitened", "hindsight": "best in hindsight"}
+    figure, axes = panels(2, 4, 2.4, 2.2, sharey=True)
+    for axis, (kind, own) in zip(axes.flat, curves.items(), strict=False):
+        for number, (factors, title) in enumerate(titles.items()):
+            axis.plot(own["ranks"], 100 * own[factors], color=CYCLE[number], linestyle=DASHES[number], label=title)
+        axis.axvline(own["deployed"][0], color="black", linewidth=1, linestyle=":", label="rank that the budget buys")
+        axis.set_xscale("log")
+        axis.set(title=kind, xlabel="rank", ylim=(0, 102), xlim=(1, sides[kind]))
+        axis.xaxis.set_major_formatter("{x:g}")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error (% of the\nresiduals' energy)")
+    for axis in axes.flat[len(curves) :]:
+        axis.axis("off")
+    axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
+    return figure
+
+
+@styled
+def spectra(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Singular values of the residuals' outputs over the largest, a line per linear. curves: as `residual_errors`."""
+    figure, axes = panels(1, 1, 6.4, 3.4)
+    looks = zip(CYCLE, MARKERS, (*DASHES, *DASHES), strict=False)
+    for (kind, own), (colour, marker, dash) in zip(curves.items(), looks, strict=False):
+        axes[0, 0].plot(own["ranks"], own["spectrum"], color=colour, linestyle=dash, marker=marker, markersize=4,
+                        label=kind)  # fmt: skip
+    axes[0, 0].set(xlabel="component", ylabel="singular value\nover the largest", ylim=(0, 1.03))
+    axes[0, 0].set_xscale("log")
+    axes[0, 0].xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].legend()
+    return figure
+
+
+@styled
+def token_sparsity(histograms: Mapping[tuple[str, float], np.ndarray]) -> Figure:
+    """How much single tokens leave unread: shares of the tokens, a panel per budget, a line per method.
+
+    histograms: (line, budget) -> shares of the tokens in bins of equal width from 0 to 1.
+    """
+    budgets = sorted({budget for _, budget in histograms})
+    figure, axes = panels(1, len(budgets), 6.4 if len(budgets) == 1 else 4.2, 3.2, sharey=True)
+    looks = LOOK | VARIANTS
+    for axis, budget in zip(axes[0], budgets, strict=True):
+        seen = []
+        for (line, own), shares in histograms.items():
+            if own == budget:
+                edges = np.linspace(0, 100, len(shares) + 1)
+                colour, _, dash = looks[line]
+                look = {"color": colour, "linestyle": dash, "linewidth": 1.4, "label": NAMES.get(line, line)}
+                axis.stairs(100 * shares, edges, **look)
+                seen += [edges[:-1][shares > 0].min(), edges[1:][shares > 0].max()]
+        axis.axvline(100 * budget, color="black", linewidth=1, linestyle=":", label="asked for")
+        axis.set(xlabel="sparsity of a token (%)", title=f"sparsity {budget:.0%}", xlim=(min(seen) - 1, max(seen) + 1))
+        axis.set_yscale("log")
+    axes[0, 0].set_ylabel("share of the tokens (%)")
+    _legend_below(figure, axes[0, 0], "")
+    return figure
+
+
+@styled
+def block_spread(frame: pd.DataFrame) -> Figure:
+    """Realised minus planned sparsity of every block over tokens: mean and one spread, and the worst token below.
+
+    frame: columns sparsity, line, layer, value, spread, worst, in percentage points.
+    """
+    return _by_block(frame, frame["spread"], "realised minus planned (points)", "bars: one spread over tokens; "
+                     "thin lines: the token that reads most", worst=True)  # fmt: skip
+
+
+@styled
+def block_errors(frame: pd.DataFrame) -> Figure:
+    """Relative error of the residual stream behind every block. frame: columns sparsity, line, layer, value, low, high,
+    in percent."""
+    reach = (frame["high"] - frame["low"]) / 2
+    return _by_block(frame, reach, "error of the residual stream (%)", "bars: 95% intervals over texts", log=True)
+
+
+def _by_block(
+    frame: pd.DataFrame, reach: pd.Series, label: str, bars: str, worst: bool = False, log: bool = False
+) -> Figure:
+    """A panel per budget, a line per method over blocks."""
+    budgets, looks = sorted(frame["sparsity"].unique()), LOOK | VARIANTS
+    figure, axes = panels(1, len(budgets), 6.4 if len(budgets) == 1 else 4.2, 3.4, sharey=True)
+    for axis, budget in zip(axes[0], budgets, strict=True):
+        part = frame[frame["sparsity"] == budget].assign(reach=reach)
+        for place, (line, own) in enumerate(part.groupby("line", sort=False)):
+            colour, marker, dash = looks[line]
+            at = own["layer"] + 0.06 * (place - (part["line"].nunique() - 1) / 2)
+            look = {"color": colour, "marker": marker, "linestyle": dash, "capsize": 2}
+            axis.errorbar(at, own["value"], own["reach"], label=NAMES.get(line, line), **look)
+            if worst:
+                axis.plot(at, own["worst"], color=colour, linestyle=dash, linewidth=0.8)
+        axis.set(title=f"sparsity {budget:.0%}", xlabel="block")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if log:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter())
+        else:
+            axis.axhline(0, color="black", linewidth=1, linestyle=":")
+    axes[0, 0].set_ylabel(label)
+    _legend_below(figure, axes[0, 0], bars)
+    return figure
+
+
+@styled
+def similarity(frame: pd.DataFrame) -> Figure:
+    """Similarity to the reference against the number of samples: a panel per measure, a line per linear.
+
+    frame: columns measure, linear, samples, value.
+    """
+    measures = list(dict.fromkeys(frame["measure"]))
+    figure, axes = panels(1, len(measures), 2.7, 3.0, sharey=True)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        part = frame[frame["measure"] == measure]
+        looks = zip(KINDS, CYCLE, MARKERS, (*DASHES, *DASHES), strict=False)
+        for kind, colour, marker, dash in looks:
+            own = part[part["linear"] == kind].sort_values("samples")
+            axis.plot(own["samples"], own["value"], color=colour, marker=marker, linestyle=dash, label=kind)
+        axis.set_xscale("log")
+        axis.set(title=measure, xlabel="samples", ylim=(-0.05, 1.05))
+        axis.set_xticks(sorted(set(part["samples"])), [f"{x:.0f}" for x in sorted(set(part["samples"]))])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axes[0, 0].set_ylabel("similarity to the reference\n(rank correlation; last panel: share)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, title="medians over layers")
+    return figure
 
 
 @styled

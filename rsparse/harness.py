@@ -15,9 +15,10 @@ import math
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -241,14 +242,24 @@ class Scored(NamedTuple):
 
 
 def score_tasks(
-    model: nn.Module, tokenizer, suite: str, items: int | None = None, batch_size: int = 16, bos: bool = True
+    model: nn.Module,
+    tokenizer,
+    suite: str,
+    items: int | None = None,
+    batch_size: int = 16,
+    bos: bool = True,
+    only: Sequence[str] = (),
 ) -> Scored:
-    """Score the tasks of a suite under the model's token protocol.
+    """Score the tasks of a suite, or those of them in `only`, under the model's token protocol.
 
     items: the first so many of each task, None for all; of a task in parts about so many, equally many of every part.
-    Such a task is one, its items side by side, which is lm-eval's own weighting of its parts.
+    Such a task is one, its items side by side, which is lm-eval's own weighting of its parts. ValueError for a task in
+    `only` that the suite does not have.
     """
     tasks = load_tasks(suite)
+    if unknown := set(only) - set(map(_whole, tasks)):
+        raise ValueError(f"task is {min(unknown)!r}; expected one of {', '.join(dict.fromkeys(map(_whole, tasks)))}")
+    tasks = {name: task for name, task in tasks.items() if not only or _whole(name) in only}
     lm = SparseLM(model, tokenizer, batch_size, bos)
     found: dict[str, list] = {}
     for limit, group in _by_limit(tasks, items).items():
@@ -258,6 +269,19 @@ def score_tasks(
     frame = pd.concat([_item_rows(name, task, found[name]) for name, task in tasks.items()], ignore_index=True)
     frame["item"] = frame.groupby("task").cumcount()
     return Scored(frame, lm.influenced / max(lm.scored, 1), lm.fed, lm.seconds)
+
+
+def row_texts(suite: str, items: int | None = None) -> Iterator[str]:
+    """The scored rows of a suite's tasks as text, question and one answer each, tasks in turn.
+
+    items: the first so many of each task, None for all.
+    """
+    rows = []
+    for task in load_tasks(suite).values():
+        task.build_all_requests(limit=items)
+        rows.append(["".join(request.arguments[:2]) for request in task.instances])
+    for turn in zip_longest(*rows):
+        yield from filter(None, turn)
 
 
 def _whole(name: str) -> str:

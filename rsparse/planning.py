@@ -42,6 +42,11 @@ class Mask:
     def needs_threshold(self) -> bool:
         return self.ask.threshold != "per-token" and 0 < self.split.kept < self.place.channels
 
+    @property
+    def whitened(self) -> bool:
+        """Whether its low-rank factors are made for what calibration tokens leave to them."""
+        return self.ask.factors == "whitened" and self.split.rank > 0
+
 
 @dataclass(frozen=True)
 class Planned:

@@ -1,4 +1,4 @@
-"""What is asked of every linear: sparsity, rho, score, threshold. Saved as JSON, checked when read."""
+"""What is asked of every linear: sparsity, rho, score, threshold, factors. Saved as JSON, checked when read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from rsparse.accounting import check_rho, check_sparsity, square_split
+from rsparse.decompose import FACTORS
 from rsparse.files import write_json
 from rsparse.models import KINDS, decoder_linears, fingerprint
 from rsparse.thresholds import SCORES, THRESHOLDS
@@ -24,11 +25,12 @@ class Ask:
     rho: float = 1.0
     score: str = "magnitude"
     threshold: str = "static"
+    factors: str = "svd"  # of the low-rank path, see rsparse.whitening
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         check_rho(self.rho)
-        for name, allowed in (("score", SCORES), ("threshold", THRESHOLDS)):
+        for name, allowed in (("score", SCORES), ("threshold", THRESHOLDS), ("factors", FACTORS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
@@ -42,6 +44,7 @@ _ASK_SCHEMA = {
         "rho": {"type": "number", "minimum": 0, "maximum": 1},
         "score": {"enum": list(SCORES)},
         "threshold": {"enum": list(THRESHOLDS)},
+        "factors": {"enum": list(FACTORS)},
     },
     "required": ["sparsity", "rho", "score", "threshold"],
     "additionalProperties": False,
@@ -75,10 +78,11 @@ class Recipe:
 
     @classmethod
     def uniform(
-        cls, model: nn.Module, sparsity: float, rho: float, score: str = "magnitude", threshold: str = "static"
-    ) -> Recipe:
+        cls, model: nn.Module, sparsity: float, rho: float, score: str = "magnitude", threshold: str = "static",
+        factors: str = "svd",
+    ) -> Recipe:  # fmt: skip
         """The same for every linear; its sparsity is then the model-level one."""
-        ask = Ask(sparsity, rho, score, threshold)
+        ask = Ask(sparsity, rho, score, threshold, factors)
         linears = {linear.name: ask for linear in decoder_linears(model)}
         return cls(f"uniform-{rho:g}", fingerprint(model), linears, {"sparsity": sparsity, "rho": rho})
 

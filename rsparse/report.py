@@ -34,6 +34,7 @@ class LinearReport:
     follows: str = ""  # the linear or activation whose mask decides, where not its own
     realised: float = math.nan
     spread: float = math.nan
+    factors: str = ""  # of its low-rank path, where it has one
 
 
 @dataclass(frozen=True)

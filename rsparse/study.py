@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -43,6 +43,7 @@ class Setting:
     threshold: str = "static"
     scope: str | None = None
     recipe: Recipe | None = None
+    factors: str = "svd"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -51,7 +52,7 @@ class Setting:
             object.__setattr__(self, "scope", METHODS[self.method].scope)
         if self.scope not in models.SCOPES:
             raise ValueError(f"scope is {self.scope!r}; expected one of {', '.join(models.SCOPES)}")
-        Ask(self.sparsity, self.rho, self.score, self.threshold)
+        Ask(self.sparsity, self.rho, self.score, self.threshold, self.factors)
 
     @property
     def has_mask(self) -> bool:
@@ -61,7 +62,8 @@ class Setting:
     @property
     def calibrated(self) -> bool:
         """Whether calibration tokens have a say in it."""
-        return METHODS[self.method].calibrates or (self.canonical.has_mask and self.threshold != "per-token")
+        made = METHODS[self.method].calibrates or self.canonical.factors != "svd"
+        return made or (self.canonical.has_mask and self.threshold != "per-token")
 
     @property
     def canonical(self) -> Setting:
@@ -71,7 +73,7 @@ class Setting:
             return self
         if self.method == "r-sparse" and self.rho == 1 and self.score == "magnitude":
             return replace(self, method="teal").canonical
-        if self.method == "r-sparse" and self.rho == 0:
+        if self.method == "r-sparse" and self.rho == 0 and self.factors == "svd":
             return replace(self, method="low-rank").canonical
         method = METHODS[self.method]
         narrow = method.parts and method.touches(self.scope) == method.touches("mlp")
@@ -86,6 +88,7 @@ class Setting:
         """The columns of `results.COLUMNS` that name it; "" and None where a column means nothing."""
         method = METHODS[self.method]
         used = {name: getattr(self, name) for name in method.takes}
+        own = {"rho": None, "score": "", "threshold": "", "factors": ""} if self.recipe else {}  # of every linear
         return {
             "method": self.method,
             "scope": self.scope,
@@ -94,7 +97,7 @@ class Setting:
             "rho": None,
             "score": "",
             "threshold": "",
-        } | {**method.fixed, **used} | ({"rho": None, "score": "", "threshold": ""} if self.recipe else {})
+        } | {**method.fixed, **used, **own}
 
 
 DENSE = Setting("dense")
@@ -264,16 +267,22 @@ class Study:
             self.bench.applied = (id(self), setting, seed)
         return self._columns | {"seed": seed}
 
-    def tasks(self, setting: Setting, seed: int | None = None, tokens: Tokens = "scored") -> pd.DataFrame:
-        """Score the tasks of the suite: one row per item (task, item, acc, acc_norm, margin in nats). Adds rows."""
+    def tasks(
+        self, setting: Setting, seed: int | None = None, tokens: Tokens = "scored", only: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """Score the tasks of the suite: one row per item (task, item, acc, acc_norm, margin in nats). Adds rows.
+
+        only: some of its tasks; none means all.
+        """
 
         def measure(columns: dict[str, Any]) -> tuple[list[dict], dict[str, list]]:
             s = self.sources
-            found = harness.score_tasks(self.model, self.tokenizer, s.suite, s.items, s.batch_size, s.bos)
-            self._costs.append({"what": "tasks", "seconds": found.seconds, "tokens": found.fed})
+            found = harness.score_tasks(self.model, self.tokenizer, s.suite, s.items, s.batch_size, s.bos, only)
+            self._costs.append(scoring_cost(found, only))
             return task_rows(found.items, columns | {"influenced": found.influenced}), found.items.to_dict("list")
 
-        return pd.DataFrame(self._kept("tasks", setting, seed, tokens, measure)).astype({"acc_norm": float})
+        part = {"only": list(only)} if only else {}
+        return pd.DataFrame(self._kept("tasks", setting, seed, tokens, measure, part)).astype({"acc_norm": float})
 
     def losses(self, setting: Setting, seed: int | None = None, tokens: Tokens = "all") -> list[float]:
         """Mean loss of every held-out window, in nats per token. Adds the perplexity to the table."""
@@ -310,12 +319,17 @@ class Study:
         return self._kept("rouge", setting, seed, tokens, measure)["rouge_l"]
 
     def _kept(
-        self, what: str, setting: Setting, seed: int | None, tokens: Tokens, measure: Callable
-    ) -> dict[str, list]:
-        """The per-item values of one measurement, from the table or, where it has none, from ``measure(columns)``."""
+        self, what: str, setting: Setting, seed: int | None, tokens: Tokens, measure: Callable,
+        part: Mapping[str, Any] | None = None,
+    ) -> dict[str, list]:  # fmt: skip
+        """The per-item values of one measurement, from the table or, where it has none, from ``measure(columns)``.
+
+        part: what else tells this measurement from others of its kind.
+        """
         seed, same = self.seed if seed is None else seed, setting.canonical
         depends_on = {name: value for name, value in self.identity.items() if name not in UNUSED[what]}
         key = {"what": what, "tokens": repr(tokens), "seed": seed, "study": depends_on, **asdict(same)}
+        key |= part or {}
         kept = self.table.find(key, setting.columns())
         if kept is None:
             columns = self.apply(same, seed) | {"tokens": str(tokens)}
@@ -359,6 +373,12 @@ class Study:
             costs.append({"what": f"factors of {what}", "seconds": own, "m": m, "n": n})
             seconds -= own
         costs.append({"what": what, "seconds": seconds, "tokens": tokens})
+
+
+def scoring_cost(found: harness.Scored, only: Sequence[str] = ()) -> dict[str, Any]:
+    """What scoring took, as a cost of `Table.add`; of some tasks with their names."""
+    cost = {"what": "tasks", "seconds": found.seconds, "tokens": found.fed}
+    return cost | ({"what": "some tasks", "only": " ".join(only)} if only else {})
 
 
 FOUR = ("winogrande", "piqa", "sciq", "obqa")

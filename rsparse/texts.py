@@ -55,18 +55,27 @@ def token_ids(
     Raises ValueError for an unknown name or role, sizes below 1, or a text shorter than samples x length.
     """
     check_text(name, role)
+    seed += role == "heldout"
+    return windows(_documents(name, role), tokenizer, samples, length, seed, f"text {name!r} ({role})")
+
+
+def windows(
+    documents: Iterator[str], tokenizer, samples: int, length: int, seed: int = 0, what: str = "the text"
+) -> Tensor:
+    """LongTensor (samples, length) of windows of `documents`, joined and cut as `token_ids` says.
+
+    what: names them in the ValueError for too short a text.
+    """
     if samples < 1 or length < 2:
         raise ValueError(f"samples, length are {samples}, {length}; expected at least 1 and 2")
-    generator = torch.Generator().manual_seed(seed + (role == "heldout"))
+    generator = torch.Generator().manual_seed(seed)
     bos = tokenizer.bos_token_id
     body = length - (bos is not None)
-    stream = _stream(_documents(name, role), tokenizer, 4 * samples * body)
-    windows = stream[: len(stream) // body * body].view(-1, body)
-    if len(windows) < samples:
-        raise ValueError(
-            f"text {name!r} ({role}) has {len(windows)} windows of {length} tokens; expected {samples}"
-        )
-    chosen = windows[torch.randperm(len(windows), generator=generator)[:samples].sort().values]
+    stream = _stream(documents, tokenizer, 4 * samples * body)
+    found = stream[: len(stream) // body * body].view(-1, body)
+    if len(found) < samples:
+        raise ValueError(f"{what} has {len(found)} windows of {length} tokens; expected {samples}")
+    chosen = found[torch.randperm(len(found), generator=generator)[:samples].sort().values]
     return chosen if bos is None else torch.cat([torch.full((samples, 1), bos), chosen], 1)
 
 

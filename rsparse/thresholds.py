@@ -15,8 +15,9 @@ from torch import Tensor
 SCORES = ("magnitude", "column-norm")
 THRESHOLDS = ("static", "static-dense", "static-sequential", "per-token")
 
-_DROPPED_BITS = 14  # of the 31 bits below the sign: 8 exponent and 9 mantissa bits stay
-_BINS = 1 << (31 - _DROPPED_BITS)
+DROPPED_BITS = 14
+"""Of the 31 bits of a float32 below its sign: histograms keep 8 exponent and 9 mantissa bits."""
+BINS = 1 << (31 - DROPPED_BITS)
 
 
 def column_norms(weight: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class ScoreStatistics:
     def __init__(self, channels: int, norms: Tensor | None = None, device: torch.device | str = "cpu"):
         self.norms = norms
         self.tokens = 0
-        self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
         self._cumulative: Tensor | None = None
         self.sum_abs = torch.zeros(channels, dtype=torch.float64, device="cpu")
         self.sum_square = torch.zeros(channels, dtype=torch.float64, device="cpu")
@@ -82,9 +83,9 @@ class ScoreStatistics:
         self.sum_square += wide.square().sum(0).cpu()
         if not torch.isfinite(self.sum_abs).all():
             raise ValueError("calibration activations hold NaN or inf; expected finite activations of the dense model")
-        pattern = channel_score(x, self.norms).float().view(torch.int32) >> _DROPPED_BITS
+        pattern = channel_score(x, self.norms).float().view(torch.int32) >> DROPPED_BITS
         for part in pattern.flatten().split(1 << 24):
-            self.counts += torch.bincount(part, minlength=_BINS)
+            self.counts += torch.bincount(part, minlength=BINS)
         self._cumulative = None
 
     def quantile(self, share: float) -> float:
@@ -110,8 +111,8 @@ class ScoreStatistics:
         if self.tokens == 0:
             raise ValueError("no calibration tokens were seen; expected at least one")
         at = scores.float().clamp(0, torch.finfo(torch.float32).max).contiguous()
-        bins = (at.view(torch.int32) >> _DROPPED_BITS).long()
-        low, high = (((bins + i).int() << _DROPPED_BITS).view(torch.float32).double() for i in (0, 1))
+        bins = (at.view(torch.int32) >> DROPPED_BITS).long()
+        low, high = (((bins + i).int() << DROPPED_BITS).view(torch.float32).double() for i in (0, 1))
         cumulative = torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cumsum(0).cpu()])
         inside = (cumulative[bins + 1] - cumulative[bins]) * ((at.double() - low) / (high - low))
         return torch.where(scores < 0, 0.0, (cumulative[bins] + inside) / int(cumulative[-1]))
@@ -126,4 +127,4 @@ class ScoreStatistics:
 
 
 def _edge(bin_: int) -> float:
-    return float(torch.tensor(bin_ << _DROPPED_BITS, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(bin_ << DROPPED_BITS, dtype=torch.int32).view(torch.float32))

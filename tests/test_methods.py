@@ -135,7 +135,7 @@ def test_a_method_says_what_of_a_request_it_takes(build, ids):
     model = build()
     kept = dict(calibration=Calibration(model, ids[:1]), store=default_store())
     base = dict(sparsity=0.5, rho=0.9, score="magnitude", threshold="static") | kept
-    other = dict(sparsity=0.6, rho=0.8, score="column-norm", threshold="per-token")
+    other = dict(sparsity=0.6, rho=0.8, score="column-norm", threshold="per-token", factors="whitened")
     for method in METHODS.values():
         linears = touched(method.name, decoder_linears(model))
         asked = method.plan(linears, Request(**base))
@@ -162,7 +162,7 @@ def test_what_a_method_says_of_itself_fits_together():
     assert [m.name for m in METHODS.values() if m.prompted] == ["griffin"]
     for method in METHODS.values():
         assert set(method.follows) <= set(method.parts) and bool(method.rotate) == bool(method.rotated)
-        assert method.takes <= {"sparsity", "rho", "score", "threshold"}
+        assert method.takes <= {"sparsity", "rho", "score", "threshold", "factors"}
 
 
 def proportions(shape: str):

@@ -44,6 +44,11 @@ SMOKE = small_checkpoint.SMALL_SOURCES | dict(
     planted=2,
     planted_shapes=[[48, 48]],
     group_sizes=[1, 2],
+    phases=[1, 2],
+    bias_tokens=60,
+    counts=[1, 2],
+    whitened_sparsities=[0.5],
+    whitened_rhos=[0.5],
 )
 """The least that a notebook can be asked for; each takes the names that it declares."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from tqdm import tqdm
@@ -24,8 +24,9 @@ from rsparse.thresholds import SCORES
 class Plan:
     """What the exhibit compares. ValueError, before anything is measured, for a value that is not allowed.
 
-    sparsities: budgets of Table 3 and of the sweep; score_sparsities: of the two-by-two. rho: of R-Sparse;
-    rhos: of the sweep, which adds rho = 1. seeds: each picks its own calibration windows.
+    sparsities: budgets of Table 3 and of the sweep; score_sparsities: of the two-by-two. rho: of R-Sparse; rhos:
+    of the sweep, which adds rho = 1. seeds: each picks its own calibration windows. whitened_sparsities, whitened_rhos:
+    of the factors made for the residuals, at the plan's rho too.
     """
 
     sparsities: Sequence[float]
@@ -34,11 +35,15 @@ class Plan:
     rhos: Sequence[float]
     threshold: str
     seeds: Sequence[int]
+    whitened_sparsities: Sequence[float] = ()
+    whitened_rhos: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         check_some("sparsities", self.sparsities, self.seeds)
-        for sparsity in (*self.sparsities, *self.score_sparsities):
+        for sparsity in (*self.sparsities, *self.score_sparsities, *self.whitened_sparsities):
             self.methods(sparsity), self.sweep(sparsity)
+        for rho in self.whitened_rhos:
+            Setting("r-sparse", self.sparsities[0], rho, threshold=self.threshold, factors="whitened")
         if 0 in self.sparsities or self.rho in (0, 1):
             raise ValueError(
                 f"sparsities are {self.sparsities}, rho is {self.rho}; expected no sparsity of 0, and a rho between 0 "
@@ -90,6 +95,19 @@ def compare_scores(study: Study, plan: Plan) -> None:
         for score in SCORES:
             _compare(study, cells[score, plan.rho], cells[score, 1.0], plan.seeds, "rho=1")
         _compare(study, cells["column-norm", 1.0], plan.methods(sparsity)["teal"], plan.seeds)
+
+
+def compare_factors(study: Study, plan: Plan) -> None:
+    """Whitened factors against the singular vectors of W at the same bytes, and against no path: at the plan's rho by
+    everything, at other rhos by held-out loss alone."""
+    for sparsity in tqdm(plan.whitened_sparsities, desc="factors"):
+        teal = plan.methods(sparsity)["teal"]
+        for rho in sorted({*plan.whitened_rhos, plan.rho}):
+            plain = Setting("r-sparse", sparsity, rho, threshold=plan.threshold)
+            made, whole = replace(plain, factors="whitened"), rho == plan.rho
+            for other, label in ((plain, "svd"), (teal, "rho=1")):
+                arms = (paired.of(study, setting) for setting in (made, other))
+                paired.add_differences(*arms, plan.seeds, label, tasks=whole)
 
 
 def sweep(study: Study, plan: Plan) -> pd.DataFrame:

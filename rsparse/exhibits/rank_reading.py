@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import pandas as pd
 
+from rsparse.exhibits import gains
+
 LABELS = {"dense": "dense", "teal": "sparse only (TEAL)", "low-rank": "low-rank only", "r-sparse": "R-Sparse"}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Table 3: one row per budget and method at the headline setting, means over seeds."""
-    rows = _headline(rows)
+    rows = _headline(_plain(rows))
     rows = rows.assign(order=rows["method"].map(list(LABELS).index)).sort_values(
         ["sparsity", "order"], kind="stable"
     )
@@ -32,6 +34,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def differences(rows: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
     """R-Sparse minus TEAL by budget: columns value, low, high, n, label."""
+    rows = _plain(rows)
     chosen = (rows["metric"] == metric) & (rows["task"] == task) & (rows["against"] == "teal")
     part = rows[chosen & (rows["method"] == "r-sparse") & (rows["score"] == "magnitude") & (rows["rho"] < 1)]
     return part.sort_values("sparsity").assign(label=lambda x: [f"sparsity {s:.0%}" for s in x["sparsity"]])
@@ -59,7 +62,7 @@ def reading(rows: pd.DataFrame, model: str) -> str:
 def score_table(rows: pd.DataFrame, rho: float) -> pd.DataFrame:
     """The two-by-two, perplexity and margin by score and path, at the budgets where all four cells are
     measured."""
-    found = []
+    found, rows = [], _plain(rows)
     part = rows[(rows["method"] == "r-sparse") & rows["against"].isna() & rows["rho"].isin([1.0, rho])]
     scored = part[(part["task"] == "average") & (part["metric"] == "margin")]  # the sweep scores no tasks
     whole = scored.groupby("sparsity").filter(lambda x: len(x.groupby(["score", "rho"])) == 4)
@@ -76,6 +79,7 @@ def score_table(rows: pd.DataFrame, rho: float) -> pd.DataFrame:
 def score_differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Loss differences of the two-by-two with labels: the path at either score, the score without the
     path."""
+    rows = _plain(rows)
     part = rows[(rows["metric"] == "diff_perplexity_log") & (rows["method"] == "r-sparse")]
     path = part[part["against"] == "rho=1"]
     path = path.assign(
@@ -84,6 +88,52 @@ def score_differences(rows: pd.DataFrame) -> pd.DataFrame:
     score = part[(part["against"] == "teal") & (part["score"] == "column-norm")]
     score = score.assign(label=[f"{s:.0%}: column-norm score, no path" for s in score["sparsity"]])
     return pd.concat([path, score]).sort_values("sparsity", kind="stable")
+
+
+def factor_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Whitened factors by budget and rho: held-out loss minus that with the singular vectors of W, and minus TEAL's.
+
+    Columns sparsity, rho, ranks, perplexity, and both differences in nats per token with 95% intervals; empty where
+    none were measured.
+    """
+    found = []
+    for (sparsity, rho), part in _whitened(rows).groupby(["sparsity", "rho"]):
+        row = {"sparsity": f"{sparsity:.0%}", "rho": rho, "ranks": part["ranks"].dropna().iloc[0]}
+        row["perplexity"] = _mean(part[part["against"].isna()], "heldout", "perplexity")
+        for against, name in (("svd", "minus W's own"), ("rho=1", "minus TEAL")):
+            losses = part[(part["against"] == against) & (part["metric"] == "diff_perplexity_log")]
+            row[name] = " ".join(gains.starred(x, 4) for x in losses.to_dict("records"))
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+def factor_reading(rows: pd.DataFrame, model: str) -> str:
+    """Whether whitened factors beat the singular vectors of W, and whether they make the path earn its bytes."""
+    part = _whitened(rows)
+    losses = part[part["metric"] == "diff_perplexity_log"]
+    if losses.empty:
+        return "This run measured no whitened factors (`whitened_sparsities` is empty)."
+    said = []
+    for against, name in (("svd", "the singular vectors of W"), ("rho=1", "TEAL, which has no path")):
+        found = losses[losses["against"] == against]
+        groups = {"lower": found["high"] < 0, "higher": found["low"] > 0}
+        groups["not told apart"] = ~(groups["lower"] | groups["higher"])
+        words = [f"{word} at {_settings(found[mask])}" for word, mask in groups.items() if mask.any()]
+        said.append(f"against {name}, {' and '.join(words)}")
+    return f"Held-out loss with whitened factors on `{model}`, at the same bytes: " + "; ".join(said) + "."
+
+
+def _settings(group: pd.DataFrame) -> str:
+    return gains.listed([f"{s:.0%} and rho {r:g}" for s, r in zip(group["sparsity"], group["rho"], strict=True)])
+
+
+def _whitened(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["factors"] == "whitened"] if "factors" in rows else rows.iloc[:0]
+
+
+def _plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without whitened rows, which have tables of their own."""
+    return rows[rows["factors"] != "whitened"] if "factors" in rows else rows
 
 
 def sweep_table(points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

@@ -31,6 +31,7 @@ class Request:
     threshold: str = "static"
     calibration: Calibration | None = None
     store: FactorStore | None = None
+    factors: str = "svd"
 
 
 Plan = Callable[[Sequence[DecoderLinear], Request], dict[str, Ask]]

@@ -1,0 +1,127 @@
+"""Similarity of importance maps, against ranks by scipy and means of recorded inputs."""
+
+import pandas as pd
+import pytest
+import small_checkpoint
+import torch
+from scipy import stats
+
+from reference import recorded
+from rsparse import harness
+from rsparse.exhibits import generalisation, generalisation_reading
+from rsparse.exhibits.generalisation import Plan, activations, overlap, spearman
+from rsparse.models import KINDS, decoder_linears
+from rsparse.results import Table
+from rsparse.study import Sources, Study
+
+
+def test_rank_correlation_is_scipys():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    b = b + 0.5 * a
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a.flatten(), b.flatten()).statistic)
+    assert spearman(a, a.exp()) == pytest.approx(1) and spearman(a, -a) == pytest.approx(-1)
+
+
+def test_overlap_counts_the_largest():
+    a = torch.arange(20.0)
+    assert overlap(a, a) == 1 and overlap(a, -a) == 0
+    assert overlap(a, a.roll(1)) == 0.5, "of 19 and 18, the one is in the other's top two"
+
+
+def test_means_add_up_over_pieces(build, ids):
+    model = build()
+    linears, inputs = decoder_linears(model), recorded(model, ids)[0]
+    pieces = [
+        ("reference", 0, ids[3:], False), ("calibration", 1, ids[:1], False), ("calibration", 3, ids[1:3], True),
+    ]  # fmt: skip
+    found = activations(model, linears, pieces)
+    for x in linears:
+        rows = inputs[x.name].abs().view(4, 40, -1)
+        for (source, count), part in {
+            ("reference", 0): rows[3:], ("calibration", 1): rows[:1], ("calibration", 3): rows[:3],
+        }.items():  # fmt: skip
+            torch.testing.assert_close(found[source, count][x.layer, x.site], part.flatten(0, 1).mean(0))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generalisation")
+    sizes = small_checkpoint.SMALL_SOURCES
+    checkpoint = small_checkpoint.save(folder / "checkpoint")
+    sources = Sources(str(checkpoint), "smoke", items=2, samples=2, length=sizes["length"])
+    study = Study(sources, Table("generalisation", "smoke", str(folder / "results"), "cpu"))
+    generalisation.measure(study, Plan([0, 1], [1, 4], ["heldout", "tasks", "random tokens"]))
+    return study, study.table.frame
+
+
+def test_rows_are_of_every_text_and_linear(measured):
+    _, rows = measured
+    texts = rows[rows["source"] != ""]
+    assert set(texts["source"]) == {"calibration", "heldout", "tasks", "random tokens"}
+    assert set(texts.loc[texts["source"] == "calibration", "samples"]) == {1, 4}
+    for metric, control in generalisation_reading.METRICS:
+        part = texts[(texts["metric"] == metric) & (texts["control"] == control)]
+        assert len(part) == 5 * 2 * len(KINDS), (metric, control)
+        assert part["value"].between(-1, 1).all()
+    assert len(rows[rows["control"] == "next-layer"]) == len(KINDS)
+
+
+def test_a_map_is_of_all_components_of_a_small_weight(measured):
+    """The row of one linear from an SVD and means of its own."""
+    study, rows = measured
+    linear = decoder_linears(study.dense())[1]  # k: 16 components, all of them in the map
+    pieces = list(generalisation._pieces(study, Plan([0], [1, 4], [])))
+    _, S, Vh = torch.linalg.svd(linear.module.weight.detach().double(), full_matrices=False)
+    means = {}
+    for source, count, ids, _ in pieces:
+        found = recorded(study.model, ids)[0][linear.name]
+        means[source, count] = found.abs().mean(0)
+    weight = (S[:, None] * Vh).abs()
+    want = stats.spearmanr(
+        (weight * means["calibration", 1]).flatten(), (weight * means["reference", 0]).flatten()
+    ).statistic
+    chosen = (rows["layer"] == 0) & (rows["linear"] == "k") & (rows["source"] == "calibration") & (rows["samples"] == 1)
+    own = rows[chosen].set_index(["metric", "control"])["value"]
+    assert own["similarity", "real"] == pytest.approx(want, abs=1e-4)
+    want = stats.spearmanr(means["calibration", 1], means["reference", 0]).statistic
+    assert own["similarity_activation", "real"] == pytest.approx(want, abs=1e-4)
+    assert own["similarity", "permuted-x"] < own["similarity", "real"]
+
+
+def test_texts_are_what_they_are_called(measured):
+    study, _ = measured
+    ids = generalisation.source_ids(study, "random tokens")
+    assert ids.shape == (2, 48) and len(set(ids[:, 1:].flatten().tolist())) > 60
+    rows = list(harness.row_texts("tiny", 2))
+    first = harness.load_tasks("tiny")["sciq"]
+    assert any(str(first.doc_to_text(first.eval_docs[0])) in row for row in rows)
+    text = study.tokenizer.decode(generalisation.source_ids(study, "tasks")[0, 1:20], skip_special_tokens=True)
+    assert text.strip()[:10] in " ".join(rows) or text.strip()[-10:] in " ".join(rows)
+
+
+def row(source: str, value: float, metric: str = "similarity", control: str = "real", samples: int = 4) -> dict:
+    return {"source": source, "samples": samples, "metric": metric, "control": control, "linear": "q", "layer": 0,
+            "value": value}  # fmt: skip
+
+
+def test_the_reading_weighs_a_map_against_its_weight():
+    rows = pd.DataFrame([
+        row("calibration", 0.95), row("heldout", 0.85), row("random tokens", 0.5),
+        row("calibration", 0.7, control="permuted-x"), row("heldout", 0.7, control="permuted-x"),
+        row("calibration", 0.6, "similarity_activation"), row("heldout", 0.4, "similarity_activation"),
+        row("", 0.1, control="next-layer"),
+    ])  # fmt: skip
+    said = generalisation_reading.reading(rows, "m")
+    for part in ("by 0.900 at the median and 0.850 at least", "50% of the comparisons", "it is 0.700", "is 0.500 at"):
+        assert part in said
+    assert "at random give maps that correlate by 0.500" in generalisation_reading.control_reading(rows, "m")
+    assert "another layer by 0.100" in generalisation_reading.control_reading(rows, "m")
+    none = rows[~rows["source"].isin(["random tokens", ""])]
+    assert "neither" in generalisation_reading.control_reading(none, "m")
+
+
+@pytest.mark.parametrize("bad", [([], [1], []), ([0], [], []), ([0], [0], []), ([0], [1], ["novels"])])
+def test_what_is_not_allowed_is_refused(bad):
+    with pytest.raises(ValueError, match="expected some layers"):
+        Plan(*bad)

@@ -1,0 +1,107 @@
+"""The exhibit of single tokens and errors: rows from arrays whose answers are known, and the words for them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_checkpoint
+import torch
+
+from rsparse.exhibits import inside, inside_reading
+from rsparse.models import KINDS
+from rsparse.propagation import block_errors
+from rsparse.report import LinearReport
+from rsparse.results import Table
+from rsparse.study import Setting, Sources, Study
+from rsparse.token_sparsity import per_token, together
+
+PLAN = dict(
+    methods=["teal", "r-sparse (whitened)", "cats"], sparsities=[0.5, 0.9], rho=0.7, threshold="static", seeds=[0]
+)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inside")
+    sizes = {name: small_checkpoint.SMALL_SOURCES[name] for name in ("samples", "length", "windows", "window")}
+    checkpoint = small_checkpoint.save(folder / "checkpoint")
+    study = Study(Sources(str(checkpoint), "smoke", **sizes), Table("inside", "smoke", str(folder / "results"), "cpu"))
+    histograms = inside.measure(study, inside.Plan(**PLAN))
+    return study, histograms, study.table.frame
+
+
+def line(name: str, layer: int, bytes_: float) -> LinearReport:
+    return LinearReport(name, layer, name, 4, 4, bytes_, 0.5, 1.0, "magnitude", 2, 4, 0, 0.1, read=0.5)
+
+
+def test_rows_are_moments_over_tokens():
+    values = {line("q", 0, 1.0): [0.2, 0.4, 0.6, 0.8], line("down", 1, 3.0): [0.5, 0.5, 0.5, 0.1]}
+    rows = pd.DataFrame(inside.realised_rows({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}, 2))
+    whole = rows[rows["linear"] == "decoder"].set_index("metric")["value"]
+    tokens = np.array([0.25 * a + 0.75 * b for a, b in zip(*values.values(), strict=True)])
+    assert whole["realised_mean"] == pytest.approx(tokens.mean()) and whole["planned"] == 0.5
+    assert whole["realised_spread"] == pytest.approx(tokens.std()) and whole["realised_worst"] == pytest.approx(0.275)
+    assert whole["realised_first"] == pytest.approx((tokens[0] + tokens[2]) / 2)
+    assert whole["realised_low"] == pytest.approx(np.quantile(tokens, 0.01))
+    block = rows[(rows["linear"] == "block") & (rows["layer"] == 0)].set_index("metric")["value"]
+    assert block["realised_mean"] == pytest.approx(0.5) and block["realised_worst"] == 0.2
+
+
+def test_rows_are_those_of_the_model(measured):
+    study, histograms, rows = measured
+    setting = Setting("teal", 0.5, 0.7)
+    study.apply(setting, 0)
+    tokens = together(per_token(study.model, study.heldout))
+    rows = rows[(rows["line"] == "teal") & (rows["sparsity"] == 0.5)]
+    own = rows[(rows["linear"] == "decoder") & (rows["text"] == "heldout")]
+    assert own.set_index("metric")["value"]["realised_worst"] == pytest.approx(float(tokens.min()), abs=1e-6)
+    shares = histograms["teal", 0.5]
+    assert shares.sum() == pytest.approx(1) and shares[round(float(tokens[5]) * 400 - 0.5)] > 0
+    errors = rows[rows["task"] == "residual-stream"].sort_values("layer")["value"]
+    np.testing.assert_allclose(errors, block_errors(study.model, study.heldout).mean(0), rtol=1e-5)
+
+
+def test_what_cannot_be_reached_is_left_out(measured):
+    _, histograms, rows = measured
+    assert {line for line, sparsity in histograms if sparsity == 0.5} == {"teal", "r-sparse (whitened)", "cats"}
+    assert {line for line, sparsity in histograms if sparsity == 0.9} == {"teal", "r-sparse (whitened)"}
+    assert set(rows.loc[rows["line"] == "r-sparse (whitened)", "factors"]) == {"whitened"}
+    kinds = inside_reading.kinds_table(rows, "teal", 0.5)
+    assert list(kinds["linear"]) == list(KINDS)
+
+
+@pytest.mark.parametrize("change", [dict(methods=[]), dict(methods=["teal (whitened)"]), dict(methods=["nothing"]),
+                                    dict(methods=["r-sparse (better)"]), dict(sparsities=[])])  # fmt: skip
+def test_what_is_not_allowed_is_refused(change):
+    with pytest.raises(ValueError):
+        inside.Plan(**PLAN | change)
+
+
+def stream(line: str, *values: float) -> list[dict]:
+    return [{"task": "residual-stream", "line": line, "sparsity": 0.5, "layer": layer, "value": value,
+             "low": value, "high": value} for layer, value in enumerate(values)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("other", "said"), [
+    ((0.1, 0.2, 0.5), "nearest behind the last block is teal, as behind every block"),
+    ((0.01, 0.2, 0.5), "nearest behind the last block is teal, though not behind 1 of 3"),
+])  # fmt: skip
+def test_the_reading_of_errors(other, said):
+    rows = pd.DataFrame(stream("teal", 0.05, 0.1, 0.4) + stream("r-sparse", *other))
+    assert said in inside_reading.error_reading(rows, "m")
+    assert "8.0 (teal, 50%)" in inside_reading.growth_reading(rows, "m")
+    assert "would give 1.7" in inside_reading.growth_reading(rows, "m")
+
+
+def realised(**values: float) -> pd.DataFrame:
+    base = {"task": "realised", "linear": "decoder", "text": "heldout", "line": "teal", "sparsity": 0.5}
+    return pd.DataFrame([base | {"metric": f"realised_{name}", "value": value} for name, value in values.items()])
+
+
+def test_the_reading_of_tokens():
+    rows = realised(mean=0.5, spread=0.05, worst=0.4, first=0.6)
+    said = inside_reading.realised_reading(rows, "m")
+    assert "50.0% ± 5.0%" in said and "worst token 40.0%, 20% more bytes" in said
+    assert "+2.0 with teal" in inside_reading.first_reading(rows, "m")
+    even = realised(mean=0.5, spread=0.0, worst=0.5, first=0.5)
+    assert "worst token" not in inside_reading.realised_reading(even, "m")
+    assert "every token reads the same" in inside_reading.first_reading(even, "m")
