@@ -44,13 +44,14 @@ class Gemv(nn.Module):
 
     norm: (weight, eps) of an RMS norm that x passes first. configuration: of the Triton kernel. most_tokens: rows are
     gathered for so many at most (`gathered_tokens` knows how many pay), else MOST_TOKENS of the device. A module's
-    launches share memory: it must not run on two streams at once.
+    launches share memory: it must not run on two streams at once. like: a module of the same shapes, configuration and
+    number of tokens, whose memory it shares too; one stream for both.
 
     ValueError for x of another width, dtype or device, and for segments that cannot be gated.
     """
 
     def __init__(self, packed: Packed, gated: bool = False, norm: tuple[Tensor, float] | None = None,
-                 configuration=None, most_tokens: int | None = None):  # fmt: skip
+                 configuration=None, most_tokens: int | None = None, like: Gemv | None = None):  # fmt: skip
         super().__init__()
         if gated and (len(packed.widths) != 2 or packed.widths[0] != packed.widths[1]):
             raise ValueError(f"segments are {packed.widths} wide; expected two of one width, to be gated")
@@ -70,8 +71,8 @@ class Gemv(nn.Module):
             from kernels import triton_gemv
 
             self.configuration = configuration or triton_gemv.Configuration()
-            made = triton_gemv.workspace(packed, self.configuration, max(1, self.most_tokens))
-            self.work = (made.partial, made.z, made.flags, made.scratch)
+            made = triton_gemv.workspace(packed, self.configuration, max(1, self.most_tokens)) if like is None else None
+            self.work = like.work if made is None else (made.partial, made.z, made.flags, made.scratch)
 
     def takes(self, tokens: int) -> str:
         """What computes for so many tokens: "triton", "cpu" or "dense", the plain product of s(x)."""

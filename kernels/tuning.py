@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -63,6 +63,30 @@ def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: floa
         known = _read() | {key: asdict(min(seconds, key=seconds.__getitem__))}
         write_json(cache_path(), known)
     return Configuration(**known[key])
+
+
+def configuration_for(packed: Packed, gated: bool, shares: Sequence[float]):
+    """What `tune` finds for one token on weights of the shape of `packed` of which segment i reads `shares[i]` of its
+    channels: measured on random copies."""
+    from kernels.triton_gemv import Configuration
+
+    sparsity = 1 - sum(s * m for s, m in zip(shares, packed.widths, strict=True)) / packed.rows
+    if (known := _read().get(_key(packed, gated, 1, sparsity))) is not None:
+        return Configuration(**known)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    thresholds = normal.icdf(1 - torch.tensor(shares).clamp(0, 1) / 2).tolist()  # of |x|, x normal
+    x = torch.randn(1, packed.channels, device=packed.table.device).to(packed.dtype)
+    copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda"))]
+    return tune(copies, gated, x, sparsity)
+
+
+def _random(packed: Packed, thresholds: Sequence[float]) -> Packed:
+    """Other weights of the shape of `packed`."""
+    if packed.scales is not None:
+        table = torch.randint_like(packed.table, torch.iinfo(torch.int32).max)
+        return replace(packed.with_thresholds(thresholds), table=table, norms=None)
+    table = torch.randn_like(packed.table) / packed.channels**0.5
+    return replace(packed.with_thresholds(thresholds), table=table, A=table[packed.channels :], norms=None)
 
 
 def _key(packed: Packed, gated: bool, tokens: int, sparsity: float) -> str:

@@ -2,7 +2,8 @@
 
     arrivals   when each token was there, and the rates that follow
     baselines  Hugging Face: eager, and its compiled static cache
-    traffic    bytes that a step reads, and the bandwidth that reading reaches
+    traffic    bytes that a step reads
+    parts      what a step spends its time on
     settling   thresholds and realised sparsity on the inputs of decode steps
     sketches   low-rank factors of random weights, without an SVD
     measure    one run over all of them

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import rsparse
+from kernels import timing
 from rsparse import models, planning, texts
 from rsparse.accounting import check_sparsity
 from rsparse.bench_decode import baselines
 from rsparse.bench_decode.arrivals import Arrivals, repeated, summary, timed
 from rsparse.bench_decode.baselines import BASELINES
+from rsparse.bench_decode.parts import step_parts
 from rsparse.bench_decode.settling import Steps, realised, settle
 from rsparse.bench_decode.sketches import Sketches
-from rsparse.bench_decode.traffic import Traffic, read_bandwidth, read_shares, traffic
+from rsparse.bench_decode.traffic import Traffic, read_shares, traffic
 from rsparse.decode.architecture import Architecture
 from rsparse.decode.engine import Engine, check_request
 from rsparse.files import write_json
@@ -98,8 +100,8 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
     """Figures of `plan`, one row after another; `path` is written after each, atomically. Seconds, bytes, and tokens
     per second of one row of the batch.
 
-    linears, of a row: what computed the products. "reference" reads every weight, whatever its bytes say: such a row
-    is a sparse method's sparsity and its bytes, not its speed.
+    linears, of a row: what computed the products, see `Engine`. "reference" reads every weight, whatever its bytes say:
+    such a row is a sparse method's sparsity and its bytes, not its speed.
 
     Raises ValueError, before weights are loaded, for a model, dtype or device that is not there.
     """
@@ -110,7 +112,7 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
     model = _load(plan)
     ids, steps, calibration = _texts(plan, model)
     head = asdict(plan) | {
-        "bandwidth": read_bandwidth(model.device), "device_name": device_name(plan.device), "code": measuring_hash(),
+        "bandwidth": timing.bandwidth(model.device.type), "device_name": device_name(plan.device), "code": measuring_hash(),
         "versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     found = head | {"rows": []}
@@ -134,8 +136,8 @@ def _rows(
     for method, sparsity in plan.asked:
         about, read = _sparsify(plan, model, method, sparsity, steps, calibration)
         reset_peak_memory(plan.device)
-        runs = _ours(plan, model, ids)
-        row = _row(method, "ours", runs, _traffic(plan, model, read), bandwidth, plan) | about
+        runs, of_engine = _ours(plan, model, ids)
+        row = _row(method, "ours", runs, _traffic(plan, model, read), bandwidth, plan) | of_engine | about
         if method == "dense" and theirs is not None:
             row["equal_to_hf_eager"] = _share_equal(runs[0].tokens, theirs)
         yield row
@@ -153,10 +155,12 @@ def _check_reach(plan: Plan, model: nn.Module) -> None:
                              f"{method}@{most / 2:.2f}")  # fmt: skip
 
 
-def _ours(plan: Plan, model: nn.Module, ids: Tensor) -> list[Arrivals]:
+def _ours(plan: Plan, model: nn.Module, ids: Tensor) -> tuple[list[Arrivals], dict[str, Any]]:
+    """The runs of an engine, and what a row says of it."""
     engine = Engine(model, compiled=plan.compiled)
-    engine.prepare(plan.batch, plan.prompt, plan.new)
-    return repeated(lambda: timed(lambda: engine.stream(ids, plan.new, stop=())), plan.repeats)
+    steps = engine.prepare(plan.batch, plan.prompt, plan.new)
+    runs = repeated(lambda: timed(lambda: engine.stream(ids, plan.new, stop=())), plan.repeats)
+    return runs, {"linears": engine.linears, "step_parts_s": step_parts(steps, plan.prompt, plan.repeats)}
 
 
 def _sparsify(
@@ -164,7 +168,7 @@ def _sparsify(
 ) -> tuple[dict[str, Any], dict[str, float] | None]:
     """Put `method` on `model`; what a row says of it, and the share of each linear that is read."""
     if method == "dense":
-        return {"linears": "fused"}, None
+        return {}, None
     recipe = Recipe.load(plan.recipe) if plan.recipe and method == "r-sparse" else None
     report = rsparse.sparsify(
         model, method, sparsity, rho=plan.rho, score=plan.score, tokens="decode", calibration=calibration,
@@ -173,7 +177,7 @@ def _sparsify(
     if plan.random:
         settle(model, steps)
     report, tape = realised(model, steps)
-    about = {"linears": "reference", "factors": "random directions" if plan.random else "svd", "recipe": report.recipe,
+    about = {"factors": "random directions" if plan.random else "svd", "recipe": report.recipe,
              "asked": report.asked, "planned": report.planned, "realised": report.realised,
              "realised_worst": report.worst.name, "realised_worst_is": report.worst.realised}  # fmt: skip
     return {k: None if v != v else v for k, v in about.items()}, read_shares(report, tape)  # JSON has no NaN

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rsparse.apply import counting, masks_of
 from rsparse.calibrate import ROUNDS, hooks, statistics_key
-from rsparse.decode import Engine
+from rsparse.decode import Engine, reference
 from rsparse.linears import Masked
 from rsparse.models import Place
 from rsparse.replay import Tape, recording
@@ -51,7 +51,7 @@ def settle(model: nn.Module, steps: Steps) -> None:
     masks = [(place, x) for place, x in masks_of(model).values() if _has_threshold(place, x)]
     for _ in range(ROUNDS if masks else 0):
         with _statistics(masks) as found:
-            steps.run(Engine(model, graphs=False))
+            steps.run(Engine(model, builder=reference, graphs=False))
         for place, module in masks:
             module.threshold = found[statistics_key(place, module)].quantile(1 - module.split.kept / place.channels)
 
@@ -59,7 +59,7 @@ def settle(model: nn.Module, steps: Steps) -> None:
 def realised(model: nn.Module, steps: Steps) -> tuple[Report, Tape]:
     """The report with the sparsity of each token in `steps`, and the masks of all rows."""
     with counting(model) as report, recording(model) as tape:
-        steps.run(Engine(model, graphs=False))
+        steps.run(Engine(model, builder=reference, graphs=False))
         return report(), tape
 
 

@@ -1,9 +1,8 @@
-"""Bytes that one decode step has to read, and the bandwidth that a plain reading of memory reaches here."""
+"""Bytes that one decode step has to read."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,6 @@ from torch import nn
 from rsparse.planning import dense_linears
 from rsparse.replay import Tape
 from rsparse.report import Report
-
-READ = 1 << 30
-"""Bytes of the array whose reading is timed: no cache holds it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,6 @@ def read_shares(report: Report, tape: Tape) -> dict[str, float]:
     """Linear -> share of its dense bytes that a step reads: the union of the rows' masks of `tape`, mean over its
     passes, and what is read whatever the mask is."""
 
-
     def mean_union(masks: list[torch.Tensor]) -> float:
         return statistics.mean(float(mask.any(0).double().mean()) for mask in masks)
 
@@ -69,23 +64,3 @@ def read_shares(report: Report, tape: Tape) -> dict[str, float]:
 
 def _norms(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-
-
-@torch.no_grad()
-def read_bandwidth(device: torch.device, repeats: int = 10) -> float:
-    """Bytes per second of summing an array of `READ` bytes: the best of `repeats`, after one that is dropped."""
-    data = torch.ones(READ // 4, device=device)
-    return READ / min([_seconds(data) for _ in range(repeats + 1)][1:])
-
-
-def _seconds(data: torch.Tensor) -> float:
-    if data.is_cuda:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        data.sum()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    started = time.perf_counter()
-    data.sum()
-    return time.perf_counter() - started

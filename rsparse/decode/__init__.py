@@ -4,6 +4,7 @@
     cache          keys and values, allocated once
     attention      rotary embedding, grouped-query attention
     projections    a block's four products: what a sparse model or a kernel exchanges
+    gathering      the same by the sparse kernels
     decoder        the blocks, for a prompt and for one token
     steps          one token after another; CUDA graphs
     sampling       from logits to a token
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from rsparse.decode.engine import Engine, check_request
+from rsparse.decode.projections import dense, reference
 from rsparse.decode.sampling import Sampling
 from rsparse.models import check_model
 
-__all__ = ["Engine", "Sampling", "engine_of", "generate", "stream"]
+__all__ = ["Engine", "Sampling", "dense", "engine_of", "generate", "reference", "stream"]
 
 _ENGINES: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
 

@@ -29,18 +29,20 @@ class Block:
 class Decoder:
     """Hugging Face's `model`, causal LM and all, as blocks that `builder` made.
 
-    Holds its tensors and modules but not the model itself. compiled: whether `torch.compile` fuses what lies between
-    the products of a single token's block; one compilation serves all blocks.
+    Holds its tensors and modules but not the model itself. compiled: what `torch.compile` fuses of a single token's
+    block, "block", "attention" or "" for nothing; one compilation serves all blocks.
     """
 
-    def __init__(self, model: nn.Module, builder: Builder, compiled: bool = False):
+    def __init__(self, model: nn.Module, builder: Builder, compiled: str = ""):
         self.architecture = Architecture.of(model.config)
         self.embedding = model.model.embed_tokens.weight.detach()
         self.norm, self.lm_head = model.model.norm, model.lm_head
         self.blocks = [self._block(layer, builder) for layer in model.model.layers]
         self._rotary = rotary(model)
         self.cos = self.sin = self.embedding.new_empty(0, self.architecture.head_dim)
-        self._step = torch.compile(block_step) if compiled else block_step
+        self.compiled = compiled
+        self._step = torch.compile(block_step) if compiled == "block" else block_step
+        self.attend = torch.compile(attend) if compiled == "attention" else attend
 
     def _block(self, layer: nn.Module, builder: Builder) -> Block:
         found = Block(*builder(layer))
@@ -91,11 +93,21 @@ def block_step(
     values: Tensor, seen: Seen,
 ) -> Tensor:  # fmt: skip
     """x (batch, 1, hidden) through one block; its key and value go to `slot` of keys and values, in place."""
-    a, step, batch = decoder.architecture, block.step, len(x)
-    turned, v = step.qkv(x).view(batch, -1, a.head_dim).split([a.heads + a.kv_heads, a.kv_heads], dim=1)
+    step = block.step
+    heads = decoder.attend(decoder, step.qkv(x), cos, sin, slot, keys, values, seen)
+    x = step.out(heads, x)
+    return step.down(step.gated(x), x)
+
+
+def attend(
+    decoder: Decoder, qkv: Tensor, cos: Tensor, sin: Tensor, slot: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
+    seen: Seen,
+) -> Tensor:  # fmt: skip
+    """qkv (batch, 1, q and k and v side by side) -> heads (batch, 1, heads times head_dim); key and value go to `slot`
+    of keys and values, in place."""
+    a, batch = decoder.architecture, len(qkv)
+    turned, v = qkv.view(batch, -1, a.head_dim).split([a.heads + a.kv_heads, a.kv_heads], dim=1)
     q, k = rotate(turned, cos, sin).split([a.heads, a.kv_heads], dim=1)
     write_step(keys, k, slot)
     write_step(values, v, slot)
-    heads = step_attention(q, keys, values, seen)
-    x = step.out(heads.reshape(batch, 1, -1), x)
-    return step.down(step.gated(x), x)
+    return step_attention(q, keys, values, seen).reshape(batch, 1, -1)

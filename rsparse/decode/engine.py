@@ -17,6 +17,7 @@ from rsparse.calibrate import check_ids
 from rsparse.decode import projections
 from rsparse.decode.architecture import Architecture, check_weights, pad_id, stop_ids
 from rsparse.decode.decoder import Decoder
+from rsparse.decode.gathering import Gathering, unsupported
 from rsparse.decode.projections import Builder
 from rsparse.decode.sampling import GREEDY, Sampling
 from rsparse.decode.steps import CHUNK, Steps
@@ -31,13 +32,13 @@ class Engine:
     """Decodes with the weights of `model`, a Hugging Face causal LM of the Llama or Mistral family, dense or sparse.
 
     cache_length: positions of the cache; None lets it grow with what is asked. builder: what computes the products of
-    a block, see rsparse.decode.projections; None takes fused dense products for a dense model, and the evaluation's
-    modules for a sparse one. graphs: replay steps as CUDA graphs; None does where there is a GPU. compiled: fuse what
-    lies between the products, see Decoder. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK with
+    a block, see rsparse.decode.projections; None takes fused dense products for a dense model, the kernels for a sparse
+    one, and the evaluation's modules for what the kernels do not compute: `linears` says which, and why. graphs: replay steps as CUDA graphs; None does where there is a GPU. compiled: fuse what
+    lies between the products with torch.compile. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK with
     graphs, and one for all without.
 
-    A dense model's q, k, v and gate, up are laid side by side in memory, see projections.Fused: the model goes on as
-    before. An engine belongs to the weights and the method that it was made with, see `fits`. One text at a time: a
+    A dense model's q, k, v and gate, up are laid side by side in memory, see projections.Fused; a sparse one's linears
+    row by row, see rsparse.decode.gathering: the model goes on as before. An engine belongs to the weights and the method that it was made with, see `fits`. One text at a time: a
     second one ends the first. Raises ValueError for a model that it cannot compute, before anything is allocated.
     """
 
@@ -58,12 +59,13 @@ class Engine:
         self.architecture = Architecture.of(model.config)
         self.cache_length = self._check_cache(cache_length)
         self.protocol, self._method = protocol_of(model), getattr(model, "_rsparse", None)
-        if builder is None:
-            builder = projections.dense if self.protocol is None else projections.reference
-        self.decoder = Decoder(model, builder, compiled)
-        # chosen anew with every prompt, where a graph would go on with what it was captured with
-        prompted = any(isinstance(x, PromptedLinear) for x in model.modules())
-        self.graphs = (self.device.type == "cuda" if graphs is None else graphs) and not prompted
+        builder, self.linears = _builder(model, self.protocol is not None) if builder is None else (builder, "given")
+        self.gathers = isinstance(builder, Gathering)
+        # a kernel takes norm and sum along, and its numbers differ from layer to layer
+        fused = "attention" if self.gathers else "block"
+        self.decoder = Decoder(model, builder, fused if compiled else "")
+        self._prompted = any(isinstance(x, PromptedLinear) for x in model.modules())
+        self.graphs = (self.device.type == "cuda" if graphs is None else graphs) and (self.gathers or not self._prompted)
         self.chunk = chunk or (CHUNK if self.graphs else None)
         self._masked = [module for _, module in masks_of(model).values()]
         self._steps: Steps | None = None
@@ -133,7 +135,7 @@ class Engine:
         return torch.stack(found, dim=1)
 
     @torch.no_grad()
-    def prepare(self, batch: int, prompt: int, max_new_tokens: int) -> None:
+    def prepare(self, batch: int, prompt: int, max_new_tokens: int) -> Steps:
         """Allocate the cache and capture all that a generation of these sizes replays, so that none of it is timed."""
         self._check(torch.zeros(batch, prompt, dtype=torch.long), max_new_tokens)
         steps = self._ready(batch, prompt + max_new_tokens)
@@ -143,6 +145,7 @@ class Engine:
             self._announce(torch.zeros(batch, 1, dtype=torch.long))
         if max_new_tokens > 1:
             steps.prepare(prompt, prompt + max_new_tokens - 1)
+        return steps
 
     def _tokens(
         self, ids: Tensor, count: int, sampling: Sampling, generator: torch.Generator | None
@@ -187,8 +190,13 @@ class Engine:
             self._steps = cache = None  # free before a larger one is allocated
             room = self.cache_length or -(-length // CHUNK) * CHUNK
             self._steps = Steps(self.decoder, self.decoder.new_cache(batch, room, self.chunk or room), self.graphs)
-        # what counts or replays masks is Python, which a graph leaves out
-        self._steps.graphs = self.graphs and not any(x.tally or x.tape for x in self._masked)
+        # what counts or replays masks is Python, which a graph leaves out, and a kernel too
+        taped = any(x.tally or x.tape for x in self._masked)
+        if taped and self.gathers:
+            raise ValueError("masks are counted or replayed, which kernels do not do; expected an engine with "
+                             "builder=rsparse.decode.reference")  # fmt: skip
+        # channels of several rows are chosen anew with every prompt; a graph goes on with those of its capture
+        self._steps.graphs = self.graphs and not taped and not (self._prompted and batch > 1)
         return self._steps
 
     def _check_cache(self, length: int | None) -> int | None:
@@ -263,6 +271,15 @@ def _until(tokens: Iterator[Tensor], stop: Sequence[int], pad: int | None) -> It
         yield x
         if done.all():
             return
+
+
+def _builder(model: nn.Module, sparse: bool) -> tuple[Builder, str]:
+    """What computes the products of `model`, and what to say of it."""
+    if not sparse:
+        return projections.dense, "fused"
+    if reason := unsupported(model):
+        return projections.reference, f"reference: {reason}"
+    return Gathering(model), f"kernels: {'triton' if model.model.embed_tokens.weight.is_cuda else 'cpu'}"
 
 
 def _places(model: nn.Module) -> tuple:

@@ -21,42 +21,44 @@ WARM_UPS = 3
 
 
 class Steps:
-    """decoder, cache: whose steps. graphs: capture and replay, on a GPU; else every kernel is launched."""
+    """decoder, cache: whose steps. graphs: capture and replay, on a GPU; else every kernel is launched. tokens (batch,)
+    and position (1,) are what a step reads, on the device."""
 
     def __init__(self, decoder: Decoder, cache: Cache, graphs: bool):
         self.decoder, self.cache, self.graphs = decoder, cache, graphs
         device = decoder.embedding.device
-        self._tokens = torch.zeros(cache.batch, dtype=torch.long, device=device)
-        self._position = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(cache.batch, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor, position: int) -> Tensor:
         """Logits (batch, vocabulary) after `tokens` (batch,) at `position`; valid until the next call."""
-        self._tokens.copy_(tokens)
-        self._position.fill_(position)
-        logits = self._replay(self._span(position)) if self.graphs else self._launch(self._seen(position))
+        self.tokens.copy_(tokens)
+        self.position.fill_(position)
+        logits = self._replay(self._span(position)) if self.graphs else self.launch(self.seen(position))
         self.cache.filled = position + 1
         return logits
 
     def prepare(self, first: int, last: int) -> None:
         """Capture every graph that the positions first..last - 1 need. The cache's content there is lost."""
         for position in {*range(first, last, self.cache.chunk), last - 1} if self.graphs else ():
-            self(self._tokens, position)
+            self(self.tokens, position)
         self.cache.filled = 0
+
+    def seen(self, position: int) -> Seen:
+        """Of a cache in one piece what the token sees, else whole chunks and a mask."""
+        window = self.decoder.architecture.window
+        if self.cache.chunk == self.cache.length and not self.graphs:
+            return Seen.exactly(position, window)
+        return Seen.within(self.position, self._span(position), window)
 
     def _span(self, position: int) -> int:
         """Positions of the chunks up to that of `position`."""
         return (position // self.cache.chunk + 1) * self.cache.chunk
 
-    def _seen(self, position: int) -> Seen:
-        """Of a cache in one piece what the token sees, else whole chunks and a mask."""
-        window = self.decoder.architecture.window
-        if self.cache.chunk == self.cache.length and not self.graphs:
-            return Seen.exactly(position, window)
-        return Seen.within(self._position, self._span(position), window)
-
-    def _launch(self, seen: Seen) -> Tensor:
-        return self.decoder.step(self._tokens, self._position, self.cache, seen)
+    def launch(self, seen: Seen) -> Tensor:
+        """One step of `tokens` at `position`, as it stands."""
+        return self.decoder.step(self.tokens, self.position, self.cache, seen)
 
     def _replay(self, span: int) -> Tensor:
         if span not in self._captured:
@@ -69,9 +71,9 @@ class Steps:
         """Steps can be repeated: each writes the same key and value to the same position."""
 
         def step() -> Tensor:
-            return self._launch(self._seen(span - 1))
+            return self.launch(self.seen(span - 1))
 
-        with torch.cuda.device(self._tokens.device):
+        with torch.cuda.device(self.tokens.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

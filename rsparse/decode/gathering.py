@@ -1,0 +1,183 @@
+"""A block's products by the sparse kernels: a single token reads the rows of its kept channels, and no others.
+
+Weights move into the kernels' tables once, layer by layer. On a GPU the model's own parameters, and the low-rank
+factors, become views of the tables: the model is held once, and goes on computing what it did, up to the order in
+which a product of a transposed weight adds up. A CPU's tables are cut into chunks, which no parameter can be a view of:
+there the sparse linears are held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kernels import packing
+from kernels.operations import Gemv, Neurons, gathered_tokens, has_triton
+from kernels.packing import Packed, Segment
+from rsparse.apply import masks_of
+from rsparse.decode import projections
+from rsparse.decode.projections import Added, Fused, FusedGate, Normed, Projections
+from rsparse.linears import Masked, SparseLinear
+from rsparse.neurons import SparseActivation
+from rsparse.prompted import PromptedLinear
+
+TUNED = 0.05
+"""Shares of channels are rounded to a multiple when a configuration is looked up: layers of a recipe share a few."""
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """Why the kernels cannot compute what hangs on the sparsified `model`; None where they can."""
+    weight = model.model.embed_tokens.weight
+    if weight.dtype not in packing.DTYPES:
+        return f"weights are {weight.dtype}"
+    if weight.device.type not in ("cpu", "cuda") or (weight.is_cuda and not has_triton()):
+        return f"there is no kernel on {weight.device}"
+    if (act := model.config.hidden_act) not in ("silu", "swish"):
+        return f"the activation is {act}"
+    reasons = (_unsupported(place.name, module) for place, module in masks_of(model).values())
+    return next((x for x in reasons if x), None)
+
+
+def _unsupported(name: str, module: Masked) -> str | None:
+    kind = type(module)
+    if kind is PromptedLinear:
+        return None if name.endswith("mlp.down_proj") else f"the prompt chooses channels of {name}"
+    if kind is SparseActivation and (module.function is not module.dense or module.norms is not None):
+        return f"{name} is switched off by another rule than |SiLU(gate)|"
+    if kind not in (SparseLinear, SparseActivation):
+        return f"{name} is a {kind.__name__}"
+    if module.threshold is None and module.split.kept > 0:
+        return f"{name} has a threshold for every token"
+    return None
+
+
+class Gathering:
+    """The builder of one sparsified model, see rsparse.decode.projections.
+
+    Linears of one shape share a configuration, tuned on a GPU where it was not before (kernels.tuning keeps it), and
+    the memory of their partial sums. Raises ValueError where `unsupported` says why.
+    """
+
+    def __init__(self, model: nn.Module):
+        if reason := unsupported(model):
+            raise ValueError(f"{reason}; expected what the kernels compute, or builder=rsparse.decode.reference")
+        self._first: dict[tuple, Gemv] = {}
+
+    def __call__(self, layer: nn.Module) -> tuple[Projections, Projections]:
+        attention, mlp = layer.self_attn, layer.mlp
+        as_hung, _ = projections.reference(layer)
+        qkv = self._product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, as_hung.qkv)
+        out = self._product([attention.o_proj], None, as_hung.out)
+        gated, down = self._mlp(mlp, layer.post_attention_layernorm, as_hung)
+        slots = dict(qkv=qkv, out=out, gated=gated, down=down)
+        return tuple(Projections(**{name: pair[i] for name, pair in slots.items()}) for i in (0, 1))
+
+    def _product(self, linears: Sequence[nn.Module], norm: nn.Module | None, as_hung: nn.Module) -> tuple:
+        """Of linears that read one x, for the prompt and for a token; with a norm in front, or added to the residual
+        stream. Dense linears alone stay one dense product."""
+        if not any(isinstance(x, Masked) for x in linears):
+            fused = Normed(norm, Fused(linears)) if norm is not None else Added(linears[0])
+            return fused, fused
+        return as_hung, self._gemv(linears, norm)
+
+    def _mlp(self, mlp: nn.Module, norm: nn.Module, as_hung: Projections) -> tuple[tuple, tuple]:
+        """The MLP's two slots, each for the prompt and for a token."""
+        gate, up, down, act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        if isinstance(act, SparseActivation):  # CATS
+            token = Neurons(gate.weight.detach(), up.weight.detach(), _threshold(act), norm=_front(norm))
+            return (as_hung.gated, token), (as_hung.down, self._of_zeros(down))
+        if isinstance(down, PromptedLinear):  # GRIFFIN
+            chosen = torch.arange(down.split.kept, dtype=torch.int32, device=down.weight.device)
+            token = Neurons(gate.weight.detach(), up.weight.detach(), chosen=chosen, norm=_front(norm))
+            fewer = OneRow(token, as_hung.gated), OneRow(self._of_zeros(down), as_hung.down)
+            return (as_hung.gated, fewer[0]), (Choosing(down, chosen), fewer[1])
+        if not any(isinstance(x, Masked) for x in (gate, up)):
+            gated = Normed(norm, FusedGate(gate, up, act))
+            return (gated, gated), self._product([down], None, as_hung.down)
+        return (as_hung.gated, self._gemv([gate, up], norm, gated=True)), self._product([down], None, as_hung.down)
+
+    def _of_zeros(self, down: nn.Module) -> Gemv:
+        """Reads the columns of the neurons that are not 0."""
+        return self._packed([down], [Segment(down.weight, 0.0, bias=down.bias)], [down.weight.shape[1] / 2], None, False)
+
+    def _gemv(self, linears: Sequence[nn.Module], norm: nn.Module | None, gated: bool = False) -> Gemv:
+        kept = [x.split.kept if isinstance(x, Masked) else x.weight.shape[1] for x in linears]
+        return self._packed(linears, [_segment(x) for x in linears], kept, norm, gated)
+
+    def _packed(self, linears, segments: Sequence[Segment], kept: Sequence[float], norm, gated: bool) -> Gemv:
+        """kept: channels that each linear is expected to read."""
+        packed = packing.pack(segments)
+        if packed.table.is_cuda:
+            view_of(packed, linears)
+        shares = tuple(round(x / packed.channels / TUNED) * TUNED for x in kept)
+        key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, gated, shares
+        first = self._first.get(key)
+        most = max(1, gathered_tokens(1 - max(shares))) if packed.table.is_cuda else None
+        configuration = first.configuration if first else _configuration(packed, gated, shares)
+        made = Gemv(packed, gated, norm and _front(norm), configuration, most, like=first)
+        self._first.setdefault(key, made)
+        return made
+
+
+class Choosing(nn.Module):
+    """down of a prompt, which chooses the neurons that later tokens of a single row keep: GRIFFIN. `chosen` (k,) int32
+    is written in place, where a CUDA graph reads it."""
+
+    def __init__(self, down: PromptedLinear, chosen: Tensor):
+        super().__init__()
+        self.down, self.chosen = down, chosen
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        found = x + self.down(y)
+        if len(y) == 1:
+            self.chosen.copy_(self.down.chosen[0].nonzero()[:, 0])
+        return found
+
+
+class OneRow(nn.Module):
+    """A kernel for a single row; the modules as they hang for several, each of which has chosen its own."""
+
+    def __init__(self, kernel: nn.Module, as_hung: nn.Module):
+        super().__init__()
+        self.kernel, self.as_hung = kernel, as_hung
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.kernel(*x) if len(x[0]) == 1 else self.as_hung(*x)
+
+
+@torch.no_grad()
+def view_of(packed: Packed, linears: Sequence[nn.Module]) -> None:
+    """Let the weights and factors of `linears` be views of the GPU table that was packed from them."""
+    for i, linear in enumerate(linears):
+        begin, m = sum(packed.padded[:i]), packed.widths[i]
+        linear.weight.data = packing.weights(packed, i).T
+        if getattr(linear, "A", None) is not None:
+            rank = linear.A.shape[1]
+            linear.A = packed.A[:rank, begin : begin + m].T
+            linear.B = packed.B[i, :rank].T
+
+
+def _configuration(packed: Packed, gated: bool, shares: Sequence[float]):
+    """Of the Triton kernel; None where another one computes."""
+    if not packed.table.is_cuda:
+        return None
+    from kernels.tuning import configuration_for
+
+    return configuration_for(packed, gated, shares)
+
+
+def _segment(linear: nn.Module) -> Segment:
+    if not isinstance(linear, Masked):
+        return Segment(linear.weight, float("-inf"), bias=linear.bias)
+    return Segment(linear.weight, _threshold(linear), linear.A, linear.B, linear.norms, linear.bias)
+
+
+def _threshold(module: Masked) -> float:
+    return float("inf") if module.split.kept == 0 else float(module.threshold)
+
+
+def _front(norm: nn.Module) -> tuple[Tensor, float]:
+    """Weight and epsilon of a Llama's or Mistral's norm."""
+    return norm.weight.detach(), norm.variance_epsilon
