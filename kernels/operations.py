@@ -108,7 +108,8 @@ class Neurons(nn.Module):
     """The first half of an MLP, of the neurons that a token needs: gate and up (m, n) as stored, x (..., n) -> (.., m).
 
     CATS: neurons whose |SiLU(gate x)| is above `threshold`. GRIFFIN: the `chosen` ones, int32 (k,), for every token.
-    norm: (weight, eps) of an RMS norm that x passes first. ValueError where the two weights differ in shape.
+    norm: (weight, eps) of an RMS norm that x passes first. ValueError where the two weights differ in shape, or are no
+    rows one behind another.
     """
 
     def __init__(self, gate: Tensor, up: Tensor, threshold: float = float("-inf"), chosen: Tensor | None = None,
@@ -118,6 +119,9 @@ class Neurons(nn.Module):
             raise ValueError(
                 f"gate is {tuple(gate.shape)}, {gate.dtype} and up {tuple(up.shape)}, {up.dtype}; expected the same"
             )
+        for name, weight in (("gate", gate), ("up", up)):
+            if not weight.is_contiguous():
+                raise ValueError(f"{name} has strides {weight.stride()}; expected rows one behind another")
         within = chosen is None or (chosen.dtype == torch.int32 and 0 <= chosen.min() <= chosen.max() < len(gate))
         if not within:
             raise ValueError(f"chosen neurons are {chosen.dtype}; expected int32, 0 to {len(gate) - 1}")

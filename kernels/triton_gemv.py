@@ -307,7 +307,7 @@ def workspace(packed: Packed, configuration: Configuration, tokens: int = 1) -> 
 
 
 @cache
-def _chained(device: torch.device) -> bool:
+def chained(device: torch.device) -> bool:
     """Whether a launch may begin while the one before still runs (programmatic dependent launch, sm_90 on)."""
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -320,11 +320,11 @@ def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, w
     """
     grid = grid_of(packed, configuration, len(x))
     y = torch.empty(len(x), packed.rows // 2 if gated else packed.rows, dtype=x.dtype, device=x.device)
-    chained = _chained(x.device)
+    linked = chained(x.device)
     given = arguments(x, packed, grid, work, y, front, eps, residual)
     fixed = constants(packed, gated, configuration, grid, front is not None, residual is not None)
     _gemv[(grid.programs,)](
-        **given, **fixed, CHAINED=chained, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=chained,
+        **given, **fixed, CHAINED=linked, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=linked,
         maxnreg=MOST_REGISTERS if configuration.warps == 1 else None,
     )
     return y

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_tiles as tiles
-from kernels.triton_gemv import _chained, gdc_launch_dependents, gdc_wait
+from kernels.triton_gemv import chained, gdc_launch_dependents, gdc_wait
 
 ROWS = 4
 """Neurons of a program."""
@@ -61,11 +61,11 @@ def neurons(x: Tensor, gate: Tensor, up: Tensor, threshold: float, chosen: Tenso
     m, n = gate.shape
     count = m if chosen is None else len(chosen)
     y = torch.empty(m, dtype=x.dtype, device=x.device) if chosen is None else x.new_zeros(m)
-    chained = _chained(x.device)
+    linked = chained(x.device)
     _neurons[(triton.cdiv(count, ROWS),)](
         x, gate, up, chosen, front, y, min(threshold, torch.finfo(torch.float32).max), eps, n, count,
         CHOSEN=chosen is not None, FRONT=front is not None, ROWS=ROWS, WIDTH=WIDTH, NORM_WIDTH=4096 // x.dtype.itemsize,
-        CHAINED=chained, num_warps=WARPS, launch_pdl=chained,
+        CHAINED=linked, num_warps=WARPS, launch_pdl=linked,
     )  # fmt: skip
     return y
 

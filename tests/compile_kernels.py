@@ -17,13 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_gemv, triton_neurons
+from kernels import triton_attention, triton_gemv, triton_neurons
 from kernels.packing import Packed, Segment, pack
 from kernels.quantized import GROUP, Quantized
 from kernels.triton_gemv import Configuration
 from kernels.tuning import KINDS
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
+         torch.int64: "i64"}  # fmt: skip
 empty = partial(torch.empty, device="meta")
 
 
@@ -62,6 +63,18 @@ def neurons(dtype: torch.dtype, chosen: bool) -> tuple[dict, dict]:
     )  # fmt: skip
 
 
+def attention(dtype: torch.dtype, span: int, window: bool, kv: int) -> tuple[dict, dict]:
+    heads, dim, chunk = 32, 128, 512
+    qkv, y = empty(heads + 2 * kv, dim, dtype=dtype), empty(heads, dim, dtype=dtype)
+    cache, turns = empty(span // chunk, 1, kv, chunk, dim, dtype=dtype), empty(span, dim, dtype=dtype)
+    size = triton_attention.tile(dtype.itemsize, span)
+    given = dict(qkv=qkv, cos=turns, sin=turns, position=empty(1, dtype=torch.int64), keys=cache, values=cache, y=y,
+                 partial=empty(heads, span // size, dim), sums=empty(heads, span // size, 2),
+                 flags=empty(kv, dtype=torch.int32), rows=1, chunk=chunk, window=4096 * window, scale=dim**-0.5,
+                 splits=span // size)  # fmt: skip
+    return given, dict(HEADS=heads, KV=kv, DIM=dim, TILE=size, WINDOW=window)
+
+
 def build(kernel, arch: int, given: dict, constants: dict, warps: int):
     """`kernel` as a launch with `given` would compile it."""
     constants = constants | {name: value for name, value in given.items() if value is None}
@@ -97,6 +110,9 @@ def launches() -> Iterator[tuple[str, object, dict, dict, int]]:
                 given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + tokens) % 3)
                 yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, warps
         if not int4:
+            for span, window, kv in ((512, False, 32), (4096, True, 8)):
+                given = attention(dtype, span, window, kv)
+                yield f"attention {name} {span}", triton_attention._attend, *given, triton_attention.WARPS
             for chosen in (False, True):
                 yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen), triton_neurons.WARPS
 

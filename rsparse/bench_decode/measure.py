@@ -112,8 +112,8 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
     model = _load(plan)
     ids, steps, calibration = _texts(plan, model)
     head = asdict(plan) | {
-        "bandwidth": timing.bandwidth(model.device.type), "device_name": device_name(plan.device), "code": measuring_hash(),
-        "versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bandwidth": timing.bandwidth(model.device.type), "device_name": device_name(plan.device),
+        "code": measuring_hash(), "versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     found = head | {"rows": []}
     for row in _rows(plan, model, ids, steps, calibration, head["bandwidth"]):

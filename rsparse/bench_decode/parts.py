@@ -27,7 +27,7 @@ def step_parts(steps: Steps, position: int, repeats: int = 5) -> dict[str, float
     """
     device = steps.position.device.type
     steps.position.fill_(position)
-    calls = _calls(steps, position) | {"step": lambda: steps.launch(steps.seen(position))}
+    calls = _calls(steps, position) | {"step": lambda: steps.launch(position)}
     found = {name: timing.measure([call], device, repeats, 1).p50 for name, call in calls.items()}
     return found | {"left": 2 * found["step"] - sum(found.values())}
 
@@ -36,7 +36,7 @@ def _calls(steps: Steps, position: int) -> dict[str, Callable[[], object]]:
     decoder, given = steps.decoder, _inputs(steps)
 
     def product(slot: str) -> Callable[[], None]:
-        run = torch.compile(_call) if decoder.compiled == "block" else _call
+        run = torch.compile(_call) if decoder.compiled else _call
 
         def over_blocks() -> None:
             for block, x in zip(decoder.blocks, given[slot], strict=True):
@@ -67,14 +67,12 @@ def _blocks(decoder: Decoder, given: list) -> Iterable[tuple]:
 
 def _attention(steps: Steps, qkv: list[Tensor], position: int) -> Callable[[], None]:
     decoder, cache = steps.decoder, steps.cache
-    run = torch.compile(decoder.attend) if decoder.compiled == "block" else decoder.attend
+    run = torch.compile(_call) if decoder.compiled else _call
 
     def over_blocks() -> None:
-        at = steps.position
-        turn = decoder.cos.index_select(0, at), decoder.sin.index_select(0, at)
-        slot, seen = (at // cache.chunk, at % cache.chunk), steps.seen(position)
+        attention = decoder.attention(steps.position, cache, steps.span(position), steps.exact(position))
         for index, x in enumerate(qkv):
-            run(decoder, x, *turn, slot, *cache.layer(index), seen)
+            run(attention, x, *cache.layer(index))
 
     return over_blocks
 

@@ -1,4 +1,7 @@
-"""Rotary embedding and grouped-query attention over the static cache, for a prompt and for one token."""
+"""Rotary embedding and grouped-query attention over the static cache, for a prompt and for one token, in torch.
+
+On a GPU kernels.attention takes the place of `StepAttention`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from rsparse.decode.cache import write_step
 
 
 def rotary(model: nn.Module) -> nn.Module:
@@ -64,6 +69,32 @@ class Seen:
         at = torch.arange(span, device=position.device)[None]
         mask = at <= position
         return cls(0, span, mask if window is None else mask & (at > position - window))
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """One token's attention at one position, for every layer.
+
+    heads, kv_heads: of the queries, and of keys and values. cos, sin: (1, head_dim). slot: chunk (1,) and position in
+    it (1,), on the device. seen: what the token attends to, itself among it.
+    """
+
+    heads: int
+    kv_heads: int
+    cos: Tensor
+    sin: Tensor
+    slot: tuple[Tensor, Tensor]
+    seen: Seen
+
+    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """qkv (batch, 1, q and k and v side by side) -> (batch, 1, heads times head_dim); the token's key and value go
+        into keys and values (chunks, batch, kv_heads, chunk, head_dim)."""
+        batch, turning = len(qkv), self.heads + self.kv_heads
+        turned, v = qkv.view(batch, turning + self.kv_heads, -1).split([turning, self.kv_heads], dim=1)
+        q, k = rotate(turned, self.cos, self.sin).split([self.heads, self.kv_heads], dim=1)
+        write_step(keys, k, self.slot)
+        write_step(values, v, self.slot)
+        return step_attention(q, keys, values, self.seen).reshape(batch, 1, -1)
 
 
 def step_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:

@@ -13,8 +13,11 @@ class Cache:
 
     Held in chunks of `chunk` positions, (chunks, batch, kv_heads, chunk, head_dim): the first chunks of a long cache
     are one block of memory, and each is work for processors of its own. `length` is a multiple of `chunk`. Under a
-    sliding window all positions are kept, and those outside are not read.
+    sliding window all positions are kept, and those outside are not read. work: what kernels.attention needs beside it,
+    or None where torch computes.
     """
+
+    work: tuple[Tensor, ...] | None = None
 
     def __init__(
         self, architecture: Architecture, batch: int, length: int, chunk: int, dtype: torch.dtype, device: torch.device

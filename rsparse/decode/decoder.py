@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.attention import Attention, workspace
 from rsparse.decode.architecture import Architecture
-from rsparse.decode.attention import Seen, angles, prompt_attention, rotary, rotate, step_attention
-from rsparse.decode.cache import Cache, write_prompt, write_step
+from rsparse.decode.attention import Seen, StepAttention, angles, prompt_attention, rotary, rotate
+from rsparse.decode.cache import Cache, write_prompt
 from rsparse.decode.projections import Builder, Projections
 
 
@@ -29,11 +30,11 @@ class Block:
 class Decoder:
     """Hugging Face's `model`, causal LM and all, as blocks that `builder` made.
 
-    Holds its tensors and modules but not the model itself. compiled: what `torch.compile` fuses of a single token's
-    block, "block", "attention" or "" for nothing; one compilation serves all blocks.
+    Holds its tensors and modules but not the model itself. compiled: whether `torch.compile` fuses what lies between
+    the products of a single token's block; one compilation serves all blocks.
     """
 
-    def __init__(self, model: nn.Module, builder: Builder, compiled: str = ""):
+    def __init__(self, model: nn.Module, builder: Builder, compiled: bool = False):
         self.architecture = Architecture.of(model.config)
         self.embedding = model.model.embed_tokens.weight.detach()
         self.norm, self.lm_head = model.model.norm, model.lm_head
@@ -41,8 +42,7 @@ class Decoder:
         self._rotary = rotary(model)
         self.cos = self.sin = self.embedding.new_empty(0, self.architecture.head_dim)
         self.compiled = compiled
-        self._step = torch.compile(block_step) if compiled == "block" else block_step
-        self.attend = torch.compile(attend) if compiled == "attention" else attend
+        self._step = torch.compile(block_step) if compiled else block_step
 
     def _block(self, layer: nn.Module, builder: Builder) -> Block:
         found = Block(*builder(layer))
@@ -55,7 +55,9 @@ class Decoder:
         length_of_table = min(length, self.architecture.positions)
         if len(self.cos) < length_of_table:
             self.cos, self.sin = angles(self._rotary, self.embedding, length_of_table)
-        return Cache(self.architecture, batch, length, chunk, self.embedding.dtype, self.embedding.device)
+        cache = Cache(self.architecture, batch, length, chunk, self.embedding.dtype, self.embedding.device)
+        cache.work = workspace(cache.keys[0], self.architecture.heads)
+        return cache
 
     def prompt(self, ids: Tensor, cache: Cache) -> Tensor:
         """Fill the empty `cache` with `ids` (batch, length); logits (batch, vocabulary) of the last position."""
@@ -74,40 +76,34 @@ class Decoder:
         cache.filled = length
         return self._logits(x[:, -1])
 
-    def step(self, tokens: Tensor, position: Tensor, cache: Cache, seen: Seen) -> Tensor:
+    def step(self, tokens: Tensor, position: Tensor, cache: Cache, span: int, at: int | None = None) -> Tensor:
         """Logits (batch, vocabulary) after `tokens` (batch,), all at `position` (1,), of which the cache keeps keys
-        and values. Nothing here waits for the device."""
+        and values. Nothing here waits for the device. span, at: see `attention`."""
         x = F.embedding(tokens[:, None], self.embedding)
-        cos, sin = self.cos.index_select(0, position), self.sin.index_select(0, position)
-        slot = position // cache.chunk, position % cache.chunk
+        attention = self.attention(position, cache, span, at)
         for index, block in enumerate(self.blocks):
-            x = self._step(self, block, x, cos, sin, slot, *cache.layer(index), seen)
+            x = self._step(block, x, attention, *cache.layer(index))
         return self._logits(x[:, 0])
+
+    def attention(self, position: Tensor, cache: Cache, span: int, at: int | None = None) -> StepAttention | Attention:
+        """That of one token at `position` (1,), for every layer. span: positions of the cache that are looked at. at:
+        the position, where the host may know it: then exactly what the token sees is looked at."""
+        a = self.architecture
+        if cache.work is not None:
+            return Attention(position, self.cos, self.sin, a.heads, span, a.window, cache.work)
+        cos, sin = self.cos.index_select(0, position), self.sin.index_select(0, position)
+        seen = Seen.within(position, span, a.window) if at is None else Seen.exactly(at, a.window)
+        slot = position // cache.chunk, position % cache.chunk
+        return StepAttention(a.heads, a.kv_heads, cos, sin, slot, seen)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.lm_head(self.norm(x))
 
 
 def block_step(
-    decoder: Decoder, block: Block, x: Tensor, cos: Tensor, sin: Tensor, slot: tuple[Tensor, Tensor], keys: Tensor,
-    values: Tensor, seen: Seen,
-) -> Tensor:  # fmt: skip
-    """x (batch, 1, hidden) through one block; its key and value go to `slot` of keys and values, in place."""
+    block: Block, x: Tensor, attention: StepAttention | Attention, keys: Tensor, values: Tensor
+) -> Tensor:
+    """x (batch, 1, hidden) through one block; its key and value go into keys and values, in place."""
     step = block.step
-    heads = decoder.attend(decoder, step.qkv(x), cos, sin, slot, keys, values, seen)
-    x = step.out(heads, x)
+    x = step.out(attention(step.qkv(x), keys, values), x)
     return step.down(step.gated(x), x)
-
-
-def attend(
-    decoder: Decoder, qkv: Tensor, cos: Tensor, sin: Tensor, slot: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
-    seen: Seen,
-) -> Tensor:  # fmt: skip
-    """qkv (batch, 1, q and k and v side by side) -> heads (batch, 1, heads times head_dim); key and value go to `slot`
-    of keys and values, in place."""
-    a, batch = decoder.architecture, len(qkv)
-    turned, v = qkv.view(batch, -1, a.head_dim).split([a.heads + a.kv_heads, a.kv_heads], dim=1)
-    q, k = rotate(turned, cos, sin).split([a.heads, a.kv_heads], dim=1)
-    write_step(keys, k, slot)
-    write_step(values, v, slot)
-    return step_attention(q, keys, values, seen).reshape(batch, 1, -1)

@@ -33,13 +33,15 @@ class Engine:
 
     cache_length: positions of the cache; None lets it grow with what is asked. builder: what computes the products of
     a block, see rsparse.decode.projections; None takes fused dense products for a dense model, the kernels for a sparse
-    one, and the evaluation's modules for what the kernels do not compute: `linears` says which, and why. graphs: replay steps as CUDA graphs; None does where there is a GPU. compiled: fuse what
-    lies between the products with torch.compile. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK with
-    graphs, and one for all without.
+    one, and the evaluation's modules for what the kernels do not compute: `linears` says which, and why. graphs: replay
+    steps as CUDA graphs; None does where there is a GPU. compiled: fuse what lies between dense products with
+    torch.compile. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK with graphs, and one for all
+    without.
 
     A dense model's q, k, v and gate, up are laid side by side in memory, see projections.Fused; a sparse one's linears
-    row by row, see rsparse.decode.gathering: the model goes on as before. An engine belongs to the weights and the method that it was made with, see `fits`. One text at a time: a
-    second one ends the first. Raises ValueError for a model that it cannot compute, before anything is allocated.
+    channel by channel, see rsparse.decode.gathering: the model goes on as before. An engine belongs to the weights and
+    the method that it was made with, see `fits`. One text at a time: a second one ends the first. Raises ValueError for
+    a model that it cannot compute, before anything is allocated.
     """
 
     def __init__(
@@ -61,11 +63,11 @@ class Engine:
         self.protocol, self._method = protocol_of(model), getattr(model, "_rsparse", None)
         builder, self.linears = _builder(model, self.protocol is not None) if builder is None else (builder, "given")
         self.gathers = isinstance(builder, Gathering)
-        # a kernel takes norm and sum along, and its numbers differ from layer to layer
-        fused = "attention" if self.gathers else "block"
-        self.decoder = Decoder(model, builder, fused if compiled else "")
+        # kernels take norms and sums along, and nothing is left to fuse
+        self.decoder = Decoder(model, builder, compiled and not self.gathers)
         self._prompted = any(isinstance(x, PromptedLinear) for x in model.modules())
-        self.graphs = (self.device.type == "cuda" if graphs is None else graphs) and (self.gathers or not self._prompted)
+        graphs = self.device.type == "cuda" if graphs is None else graphs
+        self.graphs = graphs and (self.gathers or not self._prompted)
         self.chunk = chunk or (CHUNK if self.graphs else None)
         self._masked = [module for _, module in masks_of(model).values()]
         self._steps: Steps | None = None

@@ -86,11 +86,11 @@ class Gathering:
         """The MLP's two slots, each for the prompt and for a token."""
         gate, up, down, act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
         if isinstance(act, SparseActivation):  # CATS
-            token = Neurons(gate.weight.detach(), up.weight.detach(), _threshold(act), norm=_front(norm))
+            token = Neurons(as_rows(gate), as_rows(up), _threshold(act), norm=_front(norm))
             return (as_hung.gated, token), (as_hung.down, self._of_zeros(down))
         if isinstance(down, PromptedLinear):  # GRIFFIN
             chosen = torch.arange(down.split.kept, dtype=torch.int32, device=down.weight.device)
-            token = Neurons(gate.weight.detach(), up.weight.detach(), chosen=chosen, norm=_front(norm))
+            token = Neurons(as_rows(gate), as_rows(up), chosen=chosen, norm=_front(norm))
             fewer = OneRow(token, as_hung.gated), OneRow(self._of_zeros(down), as_hung.down)
             return (as_hung.gated, fewer[0]), (Choosing(down, chosen), fewer[1])
         if not any(isinstance(x, Masked) for x in (gate, up)):
@@ -100,7 +100,8 @@ class Gathering:
 
     def _of_zeros(self, down: nn.Module) -> Gemv:
         """Reads the columns of the neurons that are not 0."""
-        return self._packed([down], [Segment(down.weight, 0.0, bias=down.bias)], [down.weight.shape[1] / 2], None, False)
+        segment = Segment(down.weight, 0.0, bias=down.bias)
+        return self._packed([down], [segment], [down.weight.shape[1] / 2], None, False)
 
     def _gemv(self, linears: Sequence[nn.Module], norm: nn.Module | None, gated: bool = False) -> Gemv:
         kept = [x.split.kept if isinstance(x, Masked) else x.weight.shape[1] for x in linears]
@@ -157,6 +158,14 @@ def view_of(packed: Packed, linears: Sequence[nn.Module]) -> None:
             rank = linear.A.shape[1]
             linear.A = packed.A[:rank, begin : begin + m].T
             linear.B = packed.B[i, :rank].T
+
+
+@torch.no_grad()
+def as_rows(linear: nn.Linear) -> Tensor:
+    """The weight (m, n) of `linear`, row by row: laid so where it was the view of a table."""
+    if not linear.weight.is_contiguous():
+        linear.weight.data = linear.weight.contiguous()
+    return linear.weight.detach()
 
 
 def _configuration(packed: Packed, gated: bool, shares: Sequence[float]):

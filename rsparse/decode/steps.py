@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rsparse.decode.attention import Seen
 from rsparse.decode.cache import Cache
 from rsparse.decode.decoder import Decoder
 
@@ -35,7 +34,7 @@ class Steps:
         """Logits (batch, vocabulary) after `tokens` (batch,) at `position`; valid until the next call."""
         self.tokens.copy_(tokens)
         self.position.fill_(position)
-        logits = self._replay(self._span(position)) if self.graphs else self.launch(self.seen(position))
+        logits = self._replay(self.span(position)) if self.graphs else self.launch(position)
         self.cache.filled = position + 1
         return logits
 
@@ -45,20 +44,17 @@ class Steps:
             self(self.tokens, position)
         self.cache.filled = 0
 
-    def seen(self, position: int) -> Seen:
-        """Of a cache in one piece what the token sees, else whole chunks and a mask."""
-        window = self.decoder.architecture.window
-        if self.cache.chunk == self.cache.length and not self.graphs:
-            return Seen.exactly(position, window)
-        return Seen.within(self.position, self._span(position), window)
-
-    def _span(self, position: int) -> int:
+    def span(self, position: int) -> int:
         """Positions of the chunks up to that of `position`."""
         return (position // self.cache.chunk + 1) * self.cache.chunk
 
-    def launch(self, seen: Seen) -> Tensor:
-        """One step of `tokens` at `position`, as it stands."""
-        return self.decoder.step(self.tokens, self.position, self.cache, seen)
+    def exact(self, position: int) -> int | None:
+        """`position`, where what is launched may depend on it: for a cache in one piece, and not in a graph."""
+        return position if self.cache.chunk == self.cache.length and not self.graphs else None
+
+    def launch(self, position: int) -> Tensor:
+        """A step of `self.tokens` at `self.position`, which is `position` or, in a graph, of the same span."""
+        return self.decoder.step(self.tokens, self.position, self.cache, self.span(position), self.exact(position))
 
     def _replay(self, span: int) -> Tensor:
         if span not in self._captured:
@@ -71,7 +67,7 @@ class Steps:
         """Steps can be repeated: each writes the same key and value to the same position."""
 
         def step() -> Tensor:
-            return self.launch(self.seen(span - 1))
+            return self.launch(span - 1)
 
         with torch.cuda.device(self.tokens.device):
             side = torch.cuda.Stream()
