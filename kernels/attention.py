@@ -45,7 +45,7 @@ def workspace(keys: Tensor, heads: int) -> tuple[Tensor, ...] | None:
     """Memory for launches over a cache like `keys` (chunks, rows, kv_heads, chunk, head_dim); None where no kernel
     takes it: elsewhere than on a GPU, for other dtypes, heads whose width is no power of two, chunks that tiles cross.
     """
-    chunks, rows, kv, chunk, dim = keys.shape
+    chunks, rows, _, chunk, dim = keys.shape
     if not keys.is_cuda or not has_triton() or keys.dtype not in DTYPES:
         return None
     from kernels.triton_attention import LARGEST, SMALLEST
@@ -55,7 +55,7 @@ def workspace(keys: Tensor, heads: int) -> tuple[Tensor, ...] | None:
     left = rows * heads * chunks * chunk // SMALLEST
     return (
         torch.empty(left, dim, device=keys.device), torch.empty(left, 2, device=keys.device),
-        torch.zeros(rows * kv, dtype=torch.int32, device=keys.device),
+        torch.zeros(rows * heads, dtype=torch.int32, device=keys.device),
     )  # fmt: skip
 
 

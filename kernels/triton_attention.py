@@ -1,10 +1,9 @@
 """One token's attention over a cache on a GPU, in one launch: rotation, cache and softmax, with the same bits from run
 to run.
 
-A program takes a head of keys and a tile of positions, for all query heads of its group: a split softmax, as
-Flash-Decoding's (https://pytorch.org/blog/flash-decoding/). Keys and values are asked for before the launch waits for
-the operation before it, which wrote none of them; the token's own come from that operation, and the program of the
-token's tile writes them down. Whoever is the last to arrive at a head adds up what all have left, in a fixed order.
+A program takes a tile of positions and query heads that share a head of keys: a split softmax, as Flash-Decoding's (https://pytorch.org/blog/flash-decoding/). Keys and values are asked for before the launch waits for
+the operation before it, which wrote none of them; the token's own come from that operation, and a program of the token's
+tile writes them down. Whoever is the last to arrive at its heads adds up what all have left, in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,6 +22,11 @@ LARGEST = 64
 """Positions of a tile; a chunk of the cache is a multiple of the largest."""
 
 
+LONG = 2048
+"""Positions from which the query heads of a group share a program, and read their keys once; fewer are a matter of
+latency, and every head has its own."""
+
+
 def tile(itemsize: int, span: int) -> int:
     """Positions of a program: what registers hold, and fewer programs of a long text."""
     return SMALLEST if itemsize == 4 or span <= 1024 else LARGEST
@@ -39,16 +43,17 @@ def _rotated(x, cos1, sin1, cos2, sin2, place, half: tl.constexpr):
 @triton.jit
 def _attend(
     qkv, cos, sin, position, keys, values, y, partial, sums, flags, rows, chunk, window, scale, splits,
-    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    CHAINED: tl.constexpr,
+    HEADS: tl.constexpr, KV: tl.constexpr, MEMBERS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """See the module. qkv (rows, (HEADS + 2 KV) DIM); cos and sin (positions, DIM); keys and values (chunks, rows, KV,
     chunk, DIM); y (rows, HEADS DIM); partial (rows HEADS, splits, DIM) and sums (rows HEADS, splits, 2) float32: what
-    tiles leave; flags (rows KV): arrivals, 0 before and after."""
+    tiles leave; flags (rows HEADS / MEMBERS): arrivals, 0 before and after. MEMBERS: query heads of a program."""
     own, split = tl.program_id(0), tl.program_id(1)
-    row, head = own // KV, own % KV
     half: tl.constexpr = DIM // 2
-    group: tl.constexpr = HEADS // KV
+    teams: tl.constexpr = HEADS // MEMBERS
+    row, query = own // teams, own % teams * MEMBERS  # the first one
+    head = query // (HEADS // KV)
     now = tl.load(position).to(tl.int32)
     first = tl.maximum(0, now + 1 - window) if WINDOW else 0
     begin = split * TILE
@@ -76,19 +81,19 @@ def _attend(
         mine = (at == now)[:, None]
         k1, k2 = tl.where(mine, new1[None, :], k1), tl.where(mine, new2[None, :], k2)
         v = tl.where(mine, new_v[None, :], v)
-        to = base + (now % TILE) * DIM
-        tl.store(keys + to + place, new1)
-        tl.store(keys + to + half + place, new2)
-        tl.store(values + to + both, new_v)
+        if query % (HEADS // KV) == 0:
+            to = base + (now % TILE) * DIM
+            tl.store(keys + to + place, new1)
+            tl.store(keys + to + half + place, new2)
+            tl.store(values + to + both, new_v)
     k1, k2, v = k1.to(tl.float32), k2.to(tl.float32), v.to(tl.float32)
-    for member in tl.static_range(group):
-        query = head * group + member
-        q1, q2 = _rotated(given + query * DIM, cos1, sin1, cos2, sin2, place, half)
+    for member in tl.static_range(MEMBERS):
+        q1, q2 = _rotated(given + (query + member) * DIM, cos1, sin1, cos2, sin2, place, half)
         score = tl.sum(k1 * q1.to(tl.float32)[None, :], axis=1) + tl.sum(k2 * q2.to(tl.float32)[None, :], axis=1)
         score = tl.where(inside, score * scale, float("-inf"))
         most = tl.max(score, axis=0)
         weight = tl.exp(score - most)
-        left = ((row * HEADS + query) * splits + split).to(tl.int64)
+        left = ((row * HEADS + query + member) * splits + split).to(tl.int64)
         tl.store(partial + left * DIM + both, tl.sum(weight[:, None] * v, axis=0))
         tl.store(sums + 2 * left, most)
         tl.store(sums + 2 * left + 1, tl.sum(weight, axis=0))
@@ -98,9 +103,9 @@ def _attend(
     if tl.atomic_add(flags + own, 1, sem="acq_rel") == high - low:
         tl.debug_barrier()
         tl.store(flags + own, 0)
-        for member in tl.static_range(group):
-            query = row * HEADS + head * group + member
-            _add_up(partial, sums, y + query.to(tl.int64) * DIM, query.to(tl.int64) * splits, low, high, DIM)
+        for member in tl.static_range(MEMBERS):
+            output = (row * HEADS + query + member).to(tl.int64)
+            _add_up(partial, sums, y + output * DIM, output * splits, low, high, DIM)
 
 
 @triton.jit
@@ -132,10 +137,10 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor
     _, rows, kv, chunk, dim = keys.shape
     size = tile(qkv.element_size(), span)
     y, splits = qkv.new_empty(rows, heads * dim), triton.cdiv(span, size)
-    linked = chained(qkv.device)
-    _attend[(rows * kv, splits)](
+    members, linked = heads // kv if span > LONG else 1, chained(qkv.device)
+    _attend[(rows * heads // members, splits)](
         qkv, cos, sin, position, keys, values, y, partial, sums, flags, rows, chunk, window or 0, dim**-0.5, splits,
-        HEADS=heads, KV=kv, DIM=dim, TILE=size, WINDOW=window is not None, CHAINED=linked, num_warps=WARPS,
-        launch_pdl=linked,
+        HEADS=heads, KV=kv, MEMBERS=members, DIM=dim, TILE=size, WINDOW=window is not None, CHAINED=linked,
+        num_warps=WARPS, launch_pdl=linked,
     )  # fmt: skip
     return y

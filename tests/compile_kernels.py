@@ -70,9 +70,10 @@ def attention(dtype: torch.dtype, span: int, window: bool, kv: int) -> tuple[dic
     size = triton_attention.tile(dtype.itemsize, span)
     given = dict(qkv=qkv, cos=turns, sin=turns, position=empty(1, dtype=torch.int64), keys=cache, values=cache, y=y,
                  partial=empty(heads, span // size, dim), sums=empty(heads, span // size, 2),
-                 flags=empty(kv, dtype=torch.int32), rows=1, chunk=chunk, window=4096 * window, scale=dim**-0.5,
+                 flags=empty(heads, dtype=torch.int32), rows=1, chunk=chunk, window=4096 * window, scale=dim**-0.5,
                  splits=span // size)  # fmt: skip
-    return given, dict(HEADS=heads, KV=kv, DIM=dim, TILE=size, WINDOW=window)
+    members = heads // kv if span > triton_attention.LONG else 1
+    return given, dict(HEADS=heads, KV=kv, MEMBERS=members, DIM=dim, TILE=size, WINDOW=window)
 
 
 def build(kernel, arch: int, given: dict, constants: dict, warps: int):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels import triton_attention
 from kernels.triton_attention import attend, tile
 from rsparse.decode.attention import Seen, StepAttention
 
@@ -29,7 +30,7 @@ class Case:
         self.cos, self.sin = angle.cos().to(DEVICE, dtype), angle.sin().to(DEVICE, dtype)
         left = rows * self.heads * chunks * chunk // 32
         self.work = (torch.full((left, dim), torch.nan, device=DEVICE), torch.full((left, 2), torch.nan, device=DEVICE),
-                     torch.zeros(rows * kv, dtype=torch.int32, device=DEVICE))  # fmt: skip
+                     torch.zeros(rows * self.heads, dtype=torch.int32, device=DEVICE))  # fmt: skip
 
     @property
     def span(self):
@@ -58,9 +59,11 @@ def error(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("long", [10**6, 0], ids=["a head", "a group"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_against_float64(sizes, dtype):
+def test_against_float64(sizes, dtype, long, monkeypatch):
+    monkeypatch.setattr(triton_attention, "LONG", long)
     case = Case(sizes, dtype)
     for at in (0, 1, 31, 32, 63, case.span - 1):
         y, keys, values = case.found(at)
