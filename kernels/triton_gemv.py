@@ -89,8 +89,6 @@ def _gemv(
     flags: arrivals at z, leavers of the rank path, then arrivals at each block of outputs; all 0 before and after."""
     program = tl.program_id(0)
     if CHAINED:
-        _ask_ahead(program, B, A, front, n, m, r, splits, stretch, z_programs, z_blocks, z_stretches, blocks, FRONT,
-                   COLUMNS, RANK_ROWS, Z_STRETCH)  # fmt: skip
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
         per_token = z_stretches * z_blocks
@@ -143,39 +141,6 @@ def _gemv(
         for token in range(TOKENS):
             _reduce(partial + token * m, bias, residual, y, token, m, parts, place, segment, m0, m1, m2, first, second,
                     TOKENS, BIAS, RESIDUAL, GATED, COLUMNS, PARTS)  # fmt: skip
-
-
-SECTOR = tl.constexpr(32)
-"""Bytes that memory is asked for at once."""
-
-
-@triton.jit
-def _ask_ahead(
-    program, B, A, front, n, m, r, splits, stretch, z_programs, z_blocks, z_stretches, blocks, FRONT: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK_ROWS: tl.constexpr, Z_STRETCH: tl.constexpr,
-):  # fmt: skip
-    """What a program reads whatever x is, before x is there: its part of B, of A, or of the norm's weight."""
-    step: tl.constexpr = SECTOR // (B.dtype.element_ty.primitive_bitwidth // 8)
-    if program < z_programs:
-        index = program % (z_stretches * z_blocks)
-        part, rest = index // z_blocks, index % z_blocks
-        per_segment = tl.cdiv(r, Z_RANKS)
-        rank = tl.minimum((rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS), r - 1)
-        rows = ((rest // per_segment) * r + rank)[:, None] * n
-        channel = part * Z_STRETCH + tl.arange(0, Z_STRETCH // step) * step
-        tiles.ask_for(B + rows + tl.minimum(channel, n - 1)[None, :])
-        if FRONT:
-            tiles.ask_for(front + tl.minimum(channel, n - 1))
-    else:
-        number = program - z_programs
-        block, split = number % blocks, number // blocks
-        if split >= splits:
-            rank = tl.minimum((split - splits) * RANK_ROWS + tl.arange(0, RANK_ROWS), r - 1)
-            columns = block * COLUMNS + tl.arange(0, COLUMNS // step) * step
-            tiles.ask_for(A + rank.to(tl.int64)[:, None] * m + columns[None, :])
-        elif FRONT:
-            channel = split * stretch + tl.arange(0, 1024 // step) * step
-            tiles.ask_for(front + tl.minimum(channel, n - 1))
 
 
 @triton.jit

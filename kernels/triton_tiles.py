@@ -22,13 +22,6 @@ def in_flight(INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def ask_for(addresses):
-    """Bring the lines at `addresses` into the L2; nothing waits for them."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
-
-
-@triton.jit
 def kept(value, norm, threshold):
     """Above the threshold, or not a number."""
     return ~(tl.abs(value) * norm <= threshold)
