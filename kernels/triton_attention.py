@@ -1,9 +1,10 @@
 """One token's attention over a cache on a GPU, in one launch: rotation, cache and softmax, with the same bits from run
 to run.
 
-A program takes a tile of positions and query heads that share a head of keys: a split softmax, as Flash-Decoding's (https://pytorch.org/blog/flash-decoding/). Keys and values are asked for before the launch waits for
-the operation before it, which wrote none of them; the token's own come from that operation, and a program of the token's
-tile writes them down. Whoever is the last to arrive at its heads adds up what all have left, in a fixed order.
+A program takes a tile of positions and query heads that share a head of keys: a split softmax, as Flash-Decoding's
+(https://pytorch.org/blog/flash-decoding/). Keys and values are asked for before the launch waits for the operation
+before it, which wrote none of them; the token's own come from that operation, and a program of the token's tile writes
+them down. Whoever is the last to arrive at its heads adds up what all have left, in a fixed order.
 """
 
 from __future__ import annotations
