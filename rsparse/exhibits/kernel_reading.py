@@ -166,7 +166,8 @@ def parts(own: pd.DataFrame) -> pd.DataFrame:
     """`broken_down` for `figures.grouped_bars`, in microseconds: a panel per shape, storage and
     sparsity, a group per linear."""
     return pd.DataFrame([
-        {"panel": f"{row['shape']}, {row['dtype']}, {row['sparsity']:.0%}", "group": row["linear"], "series": name, "value": row[field]}
+        {"panel": f"{row['shape']}, {row['dtype']}, {row['sparsity']:.0%}", "group": row["linear"], "series": name,
+         "value": row[field]}
         for _, row in own.iterrows() for field, name in PARTS.items()
     ])  # fmt: skip
 
