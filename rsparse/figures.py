@@ -747,7 +747,7 @@ def gathering(points: pd.DataFrame, union: float) -> Figure:
     points: columns tokens, wanted (a share), sparsity, value (torch's time over ours). union: where the library stops
     to gather for several tokens.
     """
-    figure, axes = panels(1, 1, 6.4, 3.8)
+    figure, axes = panels(1, 1, 8.6, 3.8)
     axis = axes[0, 0]
     for number, (tokens, own) in enumerate(points.groupby("tokens")):
         own = own.sort_values("wanted")

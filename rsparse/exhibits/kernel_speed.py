@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
 from kernels import bench
 from kernels.inputs import KINDS
@@ -91,7 +92,7 @@ def _check(name: str, values: Sequence[str], known: Sequence[str]) -> None:
 def measure(table: Table, plan: Plan, seed: int) -> None:
     """A row per timing and metric of `METRICS`; a timing that the table holds already is not repeated."""
     device = device_name(plan.device)
-    for asked, linear in plan.timings(seed):
+    for asked, linear in tqdm(list(plan.timings(seed)), desc="timings"):
         breakdown = plan.breakdown and linear != CHAIN
         key = {"what": "kernels", "linear": linear, "breakdown": breakdown, "machine": device, **asdict(asked)}
         if table.find(key) is not None:
