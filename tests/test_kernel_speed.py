@@ -13,7 +13,8 @@ from rsparse.provenance import device_name
 from rsparse.results import Table
 
 PLAN = dict(shape="llama-2-7b", dtype="float32", device="cpu", sparsities=[0.5], rho=0.95, batches=[1],
-            inputs=["gaussian"], linears=["down", "o"], repeats=2, breakdown=False, chained=False)  # fmt: skip
+            inputs=["gaussian"], linears=["down", "o"], repeats=2, rounds=1, breakdown=False,
+            chained=False)  # fmt: skip
 
 
 def timing(linear: str = "o", torch: float = 20.0, ours: float = 10.0, **changes) -> dict:
@@ -48,8 +49,9 @@ def timed(monkeypatch):
 
     def bench(asked, breakdown, linears):
         asked_for.append((asked.sparsity, *linears))
+        torch = 20.0 + 2 * asked.seed
         more = {"sparse path us": 9.5, "as many channels, all read us": 8.0, "launch us": 1.0} if breakdown else {}
-        row = timing(linears[0], shape=asked.shape, ranks=[3], chosen={"ours": "cpu"}) | more
+        row = timing(linears[0], torch, shape=asked.shape, ranks=[3], chosen={"ours": "cpu"}) | more
         yield {name: row[name] for name in row if name not in ("shape", "dtype", "sparsity", "rho", "batch", "inputs")}
 
     def chain(asked):
@@ -78,6 +80,16 @@ def test_rows_are_those_of_the_bench_and_are_measured_once(timed, tmp_path):
     assert found.loc[2, "over torch"] == 1.5 and pd.isna(found.loc[2, "bytes"])
 
 
+def test_rounds_are_averaged_with_their_spread(timed, tmp_path):
+    table = Table("kernels", "smoke", tmp_path / "kernels")
+    kernel_speed.measure(table, kernel_speed.Plan(**PLAN | dict(linears=["o"], rounds=3)), 1)
+    (row,) = table.frame[table.frame["metric"] == "over_torch"].to_dict("records")
+    assert row["value"] == pytest.approx(2.4) and row["n"] == 3, "22, 24 and 26 over 10"
+    assert row["stderr"] == pytest.approx(0.2 / 3**0.5)
+    (row,) = kernel_speed.wide(table.frame).to_dict("records")
+    assert row["torch us"] == 24 and row["over torch stderr"] == pytest.approx(0.2 / 3**0.5)
+
+
 def test_another_machine_measures_anew(timed, tmp_path, monkeypatch):
     for name in ("one", "one", "another"):
         monkeypatch.setattr(kernel_speed, "device_name", lambda _, name=name: name)
@@ -98,7 +110,7 @@ def test_a_linear_is_really_timed(tmp_path):
 
 @pytest.mark.parametrize("change", [
     dict(shape="tiny"), dict(dtype="int8"), dict(linears=["q"]), dict(inputs=["uniform"]), dict(sparsities=[]),
-    dict(sparsities=[1.0]), dict(batches=[0]), dict(rho=1.5), dict(repeats=1), dict(device="tpu"),
+    dict(sparsities=[1.0]), dict(batches=[0]), dict(rho=1.5), dict(repeats=1), dict(rounds=0), dict(device="tpu"),
 ])  # fmt: skip
 def test_what_cannot_be_timed_is_refused(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values()))).strip("[]'\"") or "sparsities"):
@@ -171,7 +183,8 @@ def test_a_breakdown_is_of_differences():
     assert first["its bytes alone"] == pytest.approx(0.5), "a tenth of 1000 bytes at 200 MB/s"
     assert list(table["linear"]) == ["o", "down"] and table["rank path"].iloc[1] == -0.5
     words = kernel_reading.breakdown_reading(own)
-    assert "0.0% of `llama-2-7b` in bfloat16 at 50%" in words and "1 of 6 differences" in words
+    assert "less than can be seen of `llama-2-7b` in bfloat16 at 50%" in words, "one gains what the other loses"
+    assert "its bytes alone: 5.3%" in words and "1 of 6 differences" in words
     bars = kernel_reading.parts(own)
     assert list(bars["value"][:4]) == [1, 7, 9.5, 10] and bars["panel"].nunique() == 1
 
@@ -223,7 +236,8 @@ def test_live_timings_name_their_machine():
     words = kernel_reading.live_reading(live)
     assert "by this run on a CPU, 2 threads" in words and "o and down" in words and "1.41 over torch" in words
     table = kernel_reading.live_table(live)
-    assert table.loc[0, "20% to 80% of repeats"] == "9 to 12" and table.loc[0, "m x n"] == "4096x4096"
+    assert pd.isna(table.loc[0, "±"]) and table.loc[0, "m x n"] == "4096x4096"
+    assert kernel_reading.live_table(live.assign(**{"over torch stderr": 0.1}))["±"].tolist() == [0.1, 0.1]
     assert set(kernel_reading.together(frame(timing()), live)["device"]) == {"GPU", "a CPU, 2 threads (this run)"}
 
 

@@ -8,6 +8,7 @@ torch. Ratios are the other's time over ours: above 1, ours is faster.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -195,7 +196,8 @@ def breakdown_reading(own: pd.DataFrame) -> str:
     for (shape, dtype, unread), part in table.groupby(["shape", "storage", "bytes left unread (%)"], sort=False):
         share = part["rank path"].sum() / part["together"].sum()
         bytes_ = part["its bytes alone"].sum() / part["together"].sum()
-        said.append(f"{share:.1%} of `{shape}` in {dtype} at {unread:.0f}% (its bytes alone: {bytes_:.1%})")
+        took = f"{share:.1%} of" if share > 0 else "less than can be seen of"
+        said.append(f"{took} `{shape}` in {dtype} at {unread:.0f}% (its bytes alone: {bytes_:.1%})")
     negative = int((table[["reading", "mask", "rank path"]] < 0).to_numpy().sum())
     words = f"The rank path takes {listed(said)}, summed over the linears."
     if negative:
@@ -370,13 +372,13 @@ def inputs_reading(own: pd.DataFrame) -> str:
 
 
 def live_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Microseconds (medians, and the middle 60% of ours) and ratios of every timing."""
+    """Microseconds and ratios of every timing; ±: the standard error over rounds, where there are several."""
     return pd.DataFrame({
         "linear": frame["linear"], "m x n": [_size(row) for _, row in frame.iterrows()],
         "inputs": frame["inputs"], "tokens": frame["batch"], "bytes left unread (%)": 100 * frame["sparsity"],
         "torch (us)": frame["torch us"], "ours, dense (us)": frame["ours dense us"], "ours (us)": frame["ours us"],
-        "20% to 80% of repeats": [_quantiles(row) for _, row in frame.iterrows()],
-        "over torch": frame["over torch"], "over our dense": frame["over ours dense"],
+        "over torch": frame["over torch"], "±": frame.get("over torch stderr", math.nan),
+        "over our dense": frame["over ours dense"],
         "of the bandwidth (%)": 100 * frame["bandwidth share"],
     })  # fmt: skip
 
@@ -397,11 +399,6 @@ def live_reading(frame: pd.DataFrame) -> str:
 def together(known: pd.DataFrame, live: pd.DataFrame) -> pd.DataFrame:
     """Published and this run's timings below one another, the latter's device marked as this run's."""
     return pd.concat([known, live.assign(device=live["device"] + " (this run)")], ignore_index=True)
-
-
-def _quantiles(row: pd.Series) -> str:
-    low, high = row.get("ours p20 us"), row.get("ours p80 us")
-    return "" if pd.isna(low) else f"{low:.0f} to {high:.0f}"
 
 
 def _size(row: pd.Series) -> str:
