@@ -272,3 +272,9 @@ def test_every_bound_is_listed_whatever_was_measured():
     table = kernel_bounds_reading.table(frame(timing(sparsity=0.9)))
     assert set(table["met"]) == {"not measured"}
     assert len(table) == sum(len(bound.dtypes) for bound in kernel_bounds_reading.BOUNDS)
+
+
+def test_the_bench_refuses_linears_that_a_shape_does_not_have():
+    asked = kernel_speed.bench.Asked("llama-2-7b", "float32", 0.5, 0.95, 1, "gaussian", "cpu", 2)
+    with pytest.raises(ValueError, match=r"\['q'\]; expected some of qkv, o, gate\+up, down"):
+        list(kernel_speed.bench.bench(asked, linears=["o", "q"]))
