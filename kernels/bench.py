@@ -101,16 +101,27 @@ def operations(one: Fused, asked: Asked, sparsity: float, rho: float, x: Tensor,
     return [Gemv(packed, one.gated, None, configuration, len(x)) for packed in packs]
 
 
-def bench(asked: Asked, breakdown: bool = False) -> Iterator[dict[str, Any]]:
-    """One row per fused linear: microseconds of the three, bytes, ratios."""
+def bench(asked: Asked, breakdown: bool = False, linears: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """One row per fused linear: microseconds of the three, bytes, ratios. linears: names of the wanted ones, else all.
+
+    ValueError for a name that the shape does not have.
+    """
+    wanted = _named(asked.shape, linears)
     speed = timing.bandwidth(asked.device)
     title = f"{asked.shape} {asked.dtype} {asked.sparsity:.0%} batch {asked.batch} {asked.inputs}"
-    for one in tqdm(fused(asked.shape), desc=title, file=sys.stderr, leave=False):
+    for one in tqdm(wanted, desc=title, file=sys.stderr, leave=False):
         generator = torch.Generator().manual_seed(asked.seed)
         drawn = inputs.draw(asked.inputs, (DRAWN,), generator, asked.shape, one.name)
         x = inputs.draw(asked.inputs, (asked.batch, one.channels), generator, asked.shape, one.name)
         x = x.to(asked.device, asked.x_dtype)
         yield _row(one, asked, x, drawn, speed) | (_breakdown(one, asked, x, drawn) if breakdown else {})
+
+
+def _named(shape: str, linears: Sequence[str]) -> list[Fused]:
+    known = {one.name: one for one in fused(shape)}
+    if unknown := [name for name in linears if name not in known]:
+        raise ValueError(f"linears are {unknown}; expected some of {', '.join(known)}")
+    return [one for name, one in known.items() if not linears or name in linears]
 
 
 def _row(one: Fused, asked: Asked, x: Tensor, drawn: Tensor, speed: float) -> dict[str, Any]:

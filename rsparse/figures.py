@@ -680,3 +680,112 @@ def planted(frame: pd.DataFrame) -> Figure:
     axes[0, 0].set_ylabel("best rho found")
     axes[0, 0].legend(loc="upper left")
     return figure
+
+
+@styled
+def kernel_sweep(frame: pd.DataFrame) -> Figure:
+    """One product's time, and what it gains, over the share of the bytes that is left unread; a line per linear.
+
+    frame: columns linear, sparsity, "ours us", "torch us", "over torch", "dense bytes", bytes. Thin: torch's time.
+    """
+    figure, axes = panels(1, 2, 5.2, 3.8)
+    time, ratio = axes[0]
+    looks = dict(zip(dict.fromkeys(frame["linear"]), zip(CYCLE, MARKERS, DASHES, strict=False), strict=False))
+    for linear, (colour, marker, dash) in looks.items():
+        own = frame[frame["linear"] == linear]
+        look = {"color": colour, "marker": marker, "linestyle": dash, "label": linear}
+        time.plot(100 * own["sparsity"], own["ours us"], **look)
+        time.plot(100 * own["sparsity"], own["torch us"], color=colour, linestyle=dash, linewidth=0.8)
+        ratio.plot(100 * own["sparsity"], own["over torch"], **look)
+    means = frame.groupby("sparsity")["over torch"].agg(lambda x: np.exp(np.log(x).mean()))
+    ratio.plot(100 * means.index, means, color="black", marker="X", linewidth=2.4, label="geometric mean")
+    limit = frame.groupby("sparsity")["dense bytes"].sum() / frame.groupby("sparsity")["bytes"].sum()
+    look = {"color": "#666666", "linestyle": (0, (1, 2)), "linewidth": 2}
+    ratio.plot(100 * limit.index, limit, label="dense bytes over bytes read", **look)
+    ratio.axhline(1, color="black", linewidth=1, linestyle=":", label="as fast as torch")
+    for axis, label in ((time, "microseconds (thin: torch's dense product)"), (ratio, "torch's time over ours")):
+        axis.set(xlabel="bytes left unread (%)", ylabel=label)
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.set_yticks([x * 10**e for e in range(7) for x in (1, 1.5, 2, 3, 5, 7) if low <= x * 10**e <= high])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+    _legend_below(figure, ratio, "")
+    return figure
+
+
+@styled
+def grouped_bars(frame: pd.DataFrame, label: str, line: float | None = None) -> Figure:
+    """Bars side by side: a panel per `panel`, a group per `group`, a bar per `series`, in order of appearance.
+
+    line: a value to stand against, dotted. Bars of a series share a hatch besides a colour.
+    """
+    titles, series = list(dict.fromkeys(frame["panel"])), list(dict.fromkeys(frame["series"]))
+    figure, axes = panels(1, len(titles), max(3.4, 10.4 / len(titles)), 3.4, sharey=True)
+    wide = 0.8 / len(series)
+    for axis, title in zip(axes[0], titles, strict=True):
+        part = frame[frame["panel"] == title]
+        groups = list(dict.fromkeys(part["group"]))
+        for place, name in enumerate(series):
+            values = part[part["series"] == name].set_index("group")["value"].reindex(groups)
+            at = np.arange(len(groups)) + wide * (place - (len(series) - 1) / 2)
+            axis.bar(at, values, wide, color=CYCLE[place], hatch=("", "//", "..", "xx")[place % 4], edgecolor="white",
+                     linewidth=0.5, label=name)  # fmt: skip
+        if line is not None:
+            axis.axhline(line, color="black", linewidth=1, linestyle=":")
+        axis.set(title=title, xticks=range(len(groups)), xticklabels=[x.replace("-", "-\n", 1) for x in groups])
+        axis.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel(label)
+    _legend_below(figure, axes[0, 0], "")
+    return figure
+
+
+@styled
+def gathering(points: pd.DataFrame, union: float) -> Figure:
+    """What gathering rows gains over torch, by the share of the rows that all tokens want together.
+
+    points: columns tokens, wanted (a share), sparsity, value (torch's time over ours). union: where the library stops
+    to gather for several tokens.
+    """
+    figure, axes = panels(1, 1, 8.6, 3.8)
+    axis = axes[0, 0]
+    for number, (tokens, own) in enumerate(points.groupby("tokens")):
+        own = own.sort_values("wanted")
+        axis.plot(100 * own["wanted"], own["value"], color=CYCLE[number], marker=MARKERS[number],
+                  linestyle=DASHES[number % len(DASHES)], label=f"{tokens} token{'s' * (tokens > 1)}")  # fmt: skip
+    wanted = np.linspace(max(5, 90 * points["wanted"].min()), 100, 50)
+    look = {"color": "#666666", "linestyle": (0, (1, 2)), "linewidth": 2}
+    axis.plot(wanted, 100 / wanted, label="all rows over rows wanted", **look)
+    axis.axhline(1, color="black", linewidth=1, linestyle=":", label="as fast as torch")
+    axis.axvline(100 * union, color="black", linewidth=1, linestyle="--", label="several tokens: gathered left of this")
+    axis.set(xlabel="rows that the tokens want together (%)", ylabel="torch's time over ours\n(geometric mean)")
+    axis.set_ylim(0, 1.15 * points["value"].max())
+    _legend_below(figure, axis, "")
+    return figure
+
+
+@styled
+def roofline(frame: pd.DataFrame) -> Figure:
+    """Bytes of a product against its time and the share of the bandwidth that it reaches; a look per storage.
+
+    frame: columns dtype, bytes, "ours us", "bandwidth share", "read bandwidth" (bytes per second), a row per linear.
+    """
+    figure, axes = panels(1, 2, 5.2, 3.6, sharex=True)
+    time, share = axes[0]
+    for number, (dtype, own) in enumerate(frame.groupby("dtype", sort=False)):
+        look = {"color": CYCLE[number], "marker": MARKERS[number], "linestyle": "", "alpha": 0.8, "label": dtype}
+        time.plot(own["bytes"] / 1e6, own["ours us"], **look)
+        share.plot(own["bytes"] / 1e6, 100 * own["bandwidth share"], **look)
+    ends = np.array([frame["bytes"].min(), frame["bytes"].max()])
+    limit = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "plain reading"}
+    time.plot(ends / 1e6, 1e6 * ends / frame["read bandwidth"].median(), **limit)
+    share.axhline(100, **limit)
+    for axis, label in ((time, "microseconds"), (share, "share of the bandwidth (%)")):
+        axis.set(xlabel="megabytes that a token reads", ylabel=label)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+    time.set_yscale("log")
+    time.yaxis.set_major_formatter("{x:g}")
+    share.set_ylim(0, 110)
+    _legend_below(figure, time, "")
+    return figure

@@ -73,6 +73,15 @@ def recovered() -> pd.DataFrame:
     ])  # fmt: skip
 
 
+def timed() -> pd.DataFrame:
+    """Three linears at two sparsities, of two storages."""
+    return pd.DataFrame([
+        {"dtype": dtype, "linear": linear, "sparsity": s, "ours us": 10 * (1 - s), "torch us": 10.0,
+         "over torch": 1 / (1 - s), "bytes": 1e6 * (1 - s), "dense bytes": 1e6, "bandwidth share": 0.5 + s / 4,
+         "read bandwidth": 1e11} for dtype in ("float32", "int4") for linear in ("qkv", "o", "down") for s in (0.5, 0.9)
+    ])  # fmt: skip
+
+
 def all_figures() -> dict[str, Figure]:
     random = np.random.default_rng(0)
     maps = {(key, kind): random.random((5, 7)) ** 8 for kind in KINDS for key in ("a", "b")}
@@ -122,6 +131,15 @@ def all_figures() -> dict[str, Figure]:
         "rho_map": figures.rho_map(chosen.assign(panel=[f"s {s}" for s in chosen["sparsity"]])),
         "convergence": figures.convergence(gained()),
         "recovery": figures.recovery(recovered(), 0.9),
+        "kernel_sweep": figures.kernel_sweep(timed()[:6]),
+        "grouped_bars": figures.grouped_bars(
+            pd.DataFrame({"panel": [*"ppqq"], "group": [*"abab"], "series": [*"xxxy"], "value": [1.0, 2, 3, 4]}),
+            "y", 1.0,
+        ),
+        "gathering": figures.gathering(
+            pd.DataFrame({"tokens": [1, 2, 2], "wanted": [0.5, 0.44, 0.75], "value": [1.7, 1.3, 0.9]}), 0.5
+        ),
+        "roofline": figures.roofline(timed()),
         "activations": figures.activations({(i, x): histogram for i in (0, 3) for x in "ab"}, {"a": "A", "b": "B"}),
     }
 
@@ -267,3 +285,17 @@ def test_tables_round_by_column_and_leave_gaps_empty(shown):
     assert html.count("<caption>Shares &lt; 1</caption>") == 1
     figures.table(frame, 0)
     assert "<td>1</td>" in shown[1][0].data and "<caption>" not in shown[1][0].data
+
+
+def test_a_bar_that_was_not_measured_is_left_out():
+    left, right = all_figures()["grouped_bars"].axes
+    assert [bar.get_height() for bar in left.patches][:2] == [1, 2]
+    heights = [bar.get_height() for bar in right.patches]
+    assert heights[0] == 3 and np.isnan(heights[1]) and np.isnan(heights[2]) and heights[3] == 4
+
+
+def test_the_sweep_shows_the_geometric_mean_beside_the_bytes():
+    ratio = all_figures()["kernel_sweep"].axes[1]
+    lines = {line.get_label(): line.get_ydata() for line in ratio.lines}
+    assert lines["geometric mean"].tolist() == pytest.approx([2, 10])
+    assert lines["dense bytes over bytes read"].tolist() == pytest.approx([2, 10])
