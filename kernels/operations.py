@@ -42,7 +42,8 @@ class Gemv(nn.Module):
     """y = W s(x) + A B^T (x - s(x)) + b of `packed`, for x (..., n) -> (..., m), or (..., m / 2) where `gated`:
     SiLU of the first of two segments of one width, times the second.
 
-    norm: (weight, eps) of an RMS norm that x passes first. configuration: of the Triton kernel. most_tokens: rows are
+    norm: (weight, eps) of an RMS norm that x passes first. after: the module whose y is x, always: what the norm needs
+    is then left by its launch, where both are Triton's. configuration: of the Triton kernel. most_tokens: rows are
     gathered for so many at most (`gathered_tokens` knows how many pay), else MOST_TOKENS of the device. A module's
     launches share memory: it must not run on two streams at once. like: a module of the same shapes, configuration and
     number of tokens, whose memory it shares too; one stream for both.
@@ -51,7 +52,8 @@ class Gemv(nn.Module):
     """
 
     def __init__(self, packed: Packed, gated: bool = False, norm: tuple[Tensor, float] | None = None,
-                 configuration=None, most_tokens: int | None = None, like: Gemv | None = None):  # fmt: skip
+                 configuration=None, most_tokens: int | None = None, like: Gemv | None = None,
+                 after: Gemv | None = None):  # fmt: skip
         super().__init__()
         if gated and (len(packed.widths) != 2 or packed.widths[0] != packed.widths[1]):
             raise ValueError(f"segments are {packed.widths} wide; expected two of one width, to be gated")
@@ -73,6 +75,11 @@ class Gemv(nn.Module):
             self.configuration = configuration or triton_gemv.Configuration()
             made = triton_gemv.workspace(packed, self.configuration, max(1, self.most_tokens)) if like is None else None
             self.work = like.work if made is None else (made.partial, made.z, made.flags, made.scratch)
+        # not a submodule: a chain of modules would hold itself
+        self._like, self._after = (like,), (after,)
+        self.next, self.left = None, ()
+        if after is not None:
+            after._leave(norm[0])
 
     def takes(self, tokens: int) -> str:
         """What computes for so many tokens: "triton", "cpu" or "dense", the plain product of s(x)."""
@@ -81,9 +88,22 @@ class Gemv(nn.Module):
             return "dense"
         return "triton" if device == "cuda" else "cpu"
 
+    def _leave(self, weight: Tensor) -> None:
+        """From now on leave what an RMS norm of this weight needs of y."""
+        if self.takes(1) != "triton":
+            return
+        from kernels import triton_gemv
+
+        self.next = weight
+        if self._like[0] is not None and self._like[0].left:
+            self.left = self._like[0].left
+        else:
+            made = triton_gemv.left(self.packed, self.configuration, max(1, self.most_tokens))
+            self.left = (made.weighted, made.squares)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual: added to y, of its shape."""
-        packed = self.packed
+        packed, path = self.packed, self.takes(x.numel() // max(1, x.shape[-1]))
         if x.shape[-1] != packed.channels or x.dtype != packed.dtype or x.device != packed.table.device:
             raise ValueError(
                 f"x is {tuple(x.shape)}, {x.dtype} on {x.device}; expected (..., {packed.channels}), "
@@ -93,10 +113,12 @@ class Gemv(nn.Module):
         if residual is not None:
             residual = residual.reshape(len(rows), -1).contiguous()
         front, eps = self.norm or (None, 0.0)
+        after = self._after[0]
+        before = after.left if after is not None and path == after.takes(len(rows)) == "triton" else ()
         y = torch.ops.rsparse_kernels.gemv(
             rows, packed.table, packed.A, packed.B, packed.ranks, packed.thresholds, packed.scales, packed.norms,
-            packed.bias, front, eps, residual, list(packed.widths), self.gated, self.takes(len(rows)),
-            self.configuration.numbers() if self.configuration else [], list(self.work),
+            packed.bias, front, eps, residual, list(before), self.next, list(packed.widths), self.gated, path,
+            self.configuration.numbers() if self.configuration else [], [*self.work, *self.left],
         )  # fmt: skip
         return y.view(*x.shape[:-1], -1)
 
@@ -144,14 +166,17 @@ class Neurons(nn.Module):
 def _gemv(
     x: Tensor, table: Tensor, A: Tensor, B: Tensor, ranks: Tensor, thresholds: Tensor, scales: Tensor | None,
     norms: Tensor | None, bias: Tensor | None, front: Tensor | None, eps: float, residual: Tensor | None,
-    widths: list[int], gated: bool, path: str, configuration: list[int], work: list[Tensor],
+    before: list[Tensor], next: Tensor | None, widths: list[int], gated: bool, path: str, configuration: list[int],
+    work: list[Tensor],
 ) -> Tensor:  # fmt: skip
     packed = Packed(table, A, B, ranks, thresholds, tuple(widths), x.shape[1], norms, bias, scales)
     if path == "triton":
         from kernels import triton_gemv
 
         chosen = triton_gemv.Configuration.of(configuration)
-        return triton_gemv.gemv(x, packed, gated, chosen, triton_gemv.Workspace(*work), front, eps, residual)
+        left = [triton_gemv.Left(*pair) if pair else None for pair in (before, work[4:])]
+        return triton_gemv.gemv(x, packed, gated, chosen, triton_gemv.Workspace(*work[:4]), front, eps, residual,
+                                left[0], next, left[1])  # fmt: skip
     if front is not None:
         x = reference.rms_norm(x, front, eps)
     y = cpu.gemv(x, packed) if path == "cpu" else dense(x, packed)
@@ -159,8 +184,8 @@ def _gemv(
 
 
 @_gemv.register_fake
-def _(x, table, A, B, ranks, thresholds, scales, norms, bias, front, eps, residual, widths, gated, path, configuration,
-      work):  # fmt: skip
+def _(x, table, A, B, ranks, thresholds, scales, norms, bias, front, eps, residual, before, next, widths, gated, path,
+      configuration, work):  # fmt: skip
     return x.new_empty(len(x), sum(widths) // 2 if gated else sum(widths))
 
 

@@ -72,20 +72,23 @@ class Configuration:
 
 
 _NOT_SPECIALIZED = ["m0", "m1", "m2", "splits", "stretch", "rank_tiles", "z_programs", "z_blocks", "z_stretches",
-                    "blocks", "first", "second"]  # fmt: skip
+                    "blocks", "first", "second", "places"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _gemv(
-    x, table, A, B, scales, ranks, thresholds, norms, bias, front, residual, y, partial, z, flags, scratch, eps,
-    n, m, r, m0, m1, m2, splits, stretch, rank_tiles, z_programs, z_blocks, z_stretches, blocks, first, second,
+    x, table, A, B, scales, ranks, thresholds, norms, bias, front, residual, y, next, weighted, squares, partial, z,
+    flags, scratch, eps, n, m, r, m0, m1, m2, splits, stretch, rank_tiles, z_programs, z_blocks, z_stretches, blocks,
+    first, second, places,
     TOKENS: tl.constexpr, PAD: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr,
-    FRONT: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, INT4: tl.constexpr, LISTED: tl.constexpr,
+    FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr, INT4: tl.constexpr,
+    LISTED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, RANK_ROWS: tl.constexpr, PARTS: tl.constexpr,
     Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr, Z_STRETCH: tl.constexpr,
-    CHAINED: tl.constexpr, INTERPRETED: tl.constexpr,
+    PLACES: tl.constexpr, CHAINED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """See the module. m: padded columns; m0, m1, m2: outputs of each segment, first, second: blocks of the first two.
+    next: weight of the norm that reads y; weighted, squares: what is left for it, where NEXT, see triton_tiles.LEFT.
     flags: arrivals at z, leavers of the rank path, then arrivals at each block of outputs; all 0 before and after."""
     program = tl.program_id(0)
     if CHAINED:
@@ -97,7 +100,8 @@ def _gemv(
         per_segment = tl.cdiv(r, Z_RANKS)
         segment = rest // per_segment
         own = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
-        scale = tiles.inverse_rms(x + token * n, n, eps, NORM_WIDTH) if FRONT else 1.0
+        of_token = front + token * places if FRONT == tiles.LEFT else front
+        scale = tiles.scale_of(x + token * n, of_token, n, eps, places, FRONT, NORM_WIDTH, PLACES)
         begin = part * Z_STRETCH
         total = tiles.z_part(
             x + token * n, B, front, scale, norms + segment * n if NORMS else norms, tl.load(thresholds + segment), n,
@@ -118,8 +122,8 @@ def _gemv(
         start = split * stretch
         _sparse_path(
             x, table, scales, thresholds, norms, front, eps, scratch + number.to(tl.int64) * stretch, out, n, m, block,
-            segment, columns, start, tl.minimum(start + stretch, n), TOKENS, PAD, NORMS, FRONT, INT4, LISTED, COLUMNS,
-            ROWS, SUB, NORM_WIDTH, INTERPRETED,
+            segment, columns, start, tl.minimum(start + stretch, n), places, TOKENS, PAD, NORMS, FRONT, INT4, LISTED,
+            COLUMNS, ROWS, SUB, NORM_WIDTH, PLACES, INTERPRETED,
         )  # fmt: skip
     else:
         sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, flags,
@@ -139,16 +143,16 @@ def _gemv(
         tl.debug_barrier()
         tl.store(flags + 2 + place, 0)
         for token in range(TOKENS):
-            _reduce(partial + token * m, bias, residual, y, token, m, parts, place, segment, m0, m1, m2, first, second,
-                    TOKENS, BIAS, RESIDUAL, GATED, COLUMNS, PARTS)  # fmt: skip
+            _reduce(partial + token * m, bias, residual, y, next, weighted, squares, token, m, parts, place, segment,
+                    m0, m1, m2, first, second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
 
 
 @triton.jit
 def _sparse_path(
-    x, table, scales, thresholds, norms, front, eps, entries, out, n, m, block, segment, columns, start, end,
+    x, table, scales, thresholds, norms, front, eps, entries, out, n, m, block, segment, columns, start, end, places,
     TOKENS: tl.constexpr, PAD: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, INT4: tl.constexpr,
     LISTED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, NORM_WIDTH: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PLACES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Leaves the sum over the kept channels of start..end at `out`."""
     threshold = tl.load(thresholds + segment)
@@ -158,7 +162,8 @@ def _sparse_path(
         scale = tl.full((PAD,), 1.0, tl.float32)
         if FRONT:
             for token in tl.static_range(TOKENS):
-                found = tiles.inverse_rms(x + token * n, n, eps, NORM_WIDTH)
+                of_token = front + token * places if FRONT == tiles.LEFT else front
+                found = tiles.scale_of(x + token * n, of_token, n, eps, places, FRONT, NORM_WIDTH, PLACES)
                 scale = tl.where(tokens == token, found, scale)
         each = x + tokens[:, None] * n
         count = tiles.list_kept(each, front, scale, own, threshold, start, end, entries, TOKENS, BATCH_LIST, NORMS,
@@ -167,7 +172,7 @@ def _sparse_path(
                              NORMS, FRONT, INTERPRETED)  # fmt: skip
         _leave(out, sums, m, columns, TOKENS, PAD)
     else:
-        scale = tiles.inverse_rms(x, n, eps, NORM_WIDTH) if FRONT else 1.0
+        scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
         if INT4:
             tiles.int4(x, table, scales, front, scale, own, threshold, start, end, m, block, entries, out, ROWS, SUB,
                        COLUMNS, NORMS, FRONT, INTERPRETED)  # fmt: skip
@@ -191,9 +196,9 @@ def _leave(out, sums, m, columns, TOKENS: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
-def _reduce(partial, bias, residual, y, token, m, parts, block, segment, m0, m1, m2, first, second,
-            TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-            COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _reduce(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2, first,
+            second, blocks, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
+            GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Outputs of one token at a block of columns, out of all parts."""
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     if GATED:
@@ -214,6 +219,10 @@ def _reduce(partial, bias, residual, y, token, m, parts, block, segment, m0, m1,
     if RESIDUAL:
         total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + place, total, mask=inside)
+    if NEXT:  # of a single segment
+        stored = tl.where(inside, total.to(y.dtype.element_ty).to(tl.float32), 0.0)
+        tl.store(weighted + place, stored * tl.load(next + columns, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        tl.store(squares + token * blocks + block, tl.sum(stored * stored, axis=0))
 
 
 @triton.jit
@@ -312,17 +321,36 @@ def chained(device: torch.device) -> bool:
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@dataclass
+class Left:
+    """What a launch leaves of y for the norm of the next one. weighted: (tokens, m) float32, y times the norm's weight.
+    squares: (tokens, blocks) float32, of y."""
+
+    weighted: Tensor
+    squares: Tensor
+
+
+def left(packed: Packed, configuration: Configuration, tokens: int = 1) -> Left:
+    """Memory for it. ValueError for several segments: a norm reads one y."""
+    if len(packed.widths) > 1:
+        raise ValueError(f"segments are {packed.widths} wide; expected one, which a norm can read")
+    device, blocks = packed.table.device, grid_of(packed, configuration).blocks
+    return Left(torch.empty(tokens, packed.rows, device=device), torch.empty(tokens, blocks, device=device))
+
+
 def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, work: Workspace,
-         front: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None) -> Tensor:  # fmt: skip
+         front: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None, before: Left | None = None,
+         next: Tensor | None = None, after: Left | None = None) -> Tensor:  # fmt: skip
     """x (tokens, n) -> (tokens, m), or (tokens, m / 2) where `gated`; in the dtype of x.
 
-    front: (n,) weight of an RMS norm that x passes first, with `eps`. residual: added to y, of its shape.
+    front: (n,) weight of an RMS norm that x passes first, with `eps`; before: what the launch that made x left for it.
+    residual: added to y, of its shape. next: (m,) weight of the norm that reads y; what it needs goes into `after`.
     """
     grid = grid_of(packed, configuration, len(x))
     y = torch.empty(len(x), packed.rows // 2 if gated else packed.rows, dtype=x.dtype, device=x.device)
     linked = chained(x.device)
-    given = arguments(x, packed, grid, work, y, front, eps, residual)
-    fixed = constants(packed, gated, configuration, grid, front is not None, residual is not None)
+    given = arguments(x, packed, grid, work, y, front, eps, residual, before, next, after)
+    fixed = constants(packed, gated, configuration, grid, given)
     _gemv[(grid.programs,)](
         **given, **fixed, CHAINED=linked, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=linked,
         maxnreg=MOST_REGISTERS if configuration.warps == 1 else None,
@@ -331,30 +359,35 @@ def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, w
 
 
 def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None, eps: float,
-              residual: Tensor | None) -> dict:  # fmt: skip
+              residual: Tensor | None, before: Left | None = None, next: Tensor | None = None,
+              after: Left | None = None) -> dict:  # fmt: skip
     """What a launch is given."""
+    if before is not None:
+        x, front = before.weighted, before.squares
     m0, m1, m2 = packed.widths + (0,) * (MOST_SEGMENTS - len(packed.widths))
     first, second = (*(width // grid.columns for width in packed.padded), 0, 0)[:2]
     return dict(
         x=x, table=packed.table, A=packed.A, B=packed.B, scales=packed.scales, ranks=packed.ranks,
         thresholds=packed.thresholds, norms=packed.norms, bias=packed.bias, front=front, residual=residual, y=y,
-        partial=work.partial, z=work.z, flags=work.flags, scratch=work.scratch, eps=eps, n=packed.channels,
-        m=sum(packed.padded), r=packed.B.shape[1], m0=m0, m1=m1, m2=m2, splits=grid.splits, stretch=grid.stretch,
-        rank_tiles=grid.rank_tiles, z_programs=grid.z_programs, z_blocks=grid.z_blocks, z_stretches=grid.z_stretches,
-        blocks=grid.blocks, first=first, second=second,
+        next=next, weighted=after and after.weighted, squares=after and after.squares, partial=work.partial, z=work.z,
+        flags=work.flags, scratch=work.scratch, eps=eps, n=packed.channels, m=sum(packed.padded), r=packed.B.shape[1],
+        m0=m0, m1=m1, m2=m2, splits=grid.splits, stretch=grid.stretch, rank_tiles=grid.rank_tiles,
+        z_programs=grid.z_programs, z_blocks=grid.z_blocks, z_stretches=grid.z_stretches,
+        blocks=grid.blocks, first=first, second=second, places=before.squares.shape[1] if before else 0,
     )  # fmt: skip
 
 
-def constants(packed: Packed, gated: bool, configuration: Configuration, grid: Grid, front: bool,
-              residual: bool) -> dict:  # fmt: skip
-    """What a launch is compiled for, apart from dtypes."""
+def constants(packed: Packed, gated: bool, configuration: Configuration, grid: Grid, given: dict) -> dict:
+    """What a launch that is `given` arguments is compiled for, apart from dtypes."""
+    front = 0 if given["front"] is None else tiles.LEFT.value if given["places"] else tiles.OWN.value
     least = 1 if packed.dtype == torch.float32 else 16  # tokens of a product on tensor cores
     pad = max(least, triton.next_power_of_2(grid.tokens)) if grid.tokens > 1 else 1
     lanes = 32 * configuration.warps
     sub = max(1, lanes * 4 // (grid.columns // 8))  # rows of words that a program's threads load at once
     return dict(
         TOKENS=grid.tokens, PAD=pad, SEGMENTS=len(packed.widths), NORMS=packed.norms is not None,
-        BIAS=packed.bias is not None, FRONT=front, RESIDUAL=residual, GATED=gated,
+        BIAS=packed.bias is not None, FRONT=front, RESIDUAL=given["residual"] is not None,
+        NEXT=given["next"] is not None, GATED=gated, PLACES=triton.next_power_of_2(max(1, given["places"])),
         INT4=packed.scales is not None, LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=configuration.rows,
         SUB=min(sub, configuration.rows), RANK_ROWS=grid.rank_rows, PARTS=2048 * configuration.warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,

@@ -44,11 +44,31 @@ def inverse_rms(x, n, eps, WIDTH: tl.constexpr):
     return tl.rsqrt(tl.sum(squares, axis=0) / n + eps)
 
 
+OWN = tl.constexpr(1)
+"""FRONT: 0 for x as it is; OWN for a norm of x, whose weight is `front`; LEFT for what the operation before left of it:
+x is float32 and holds the product with the norm's weight, `front` sums of squares."""
+LEFT = tl.constexpr(2)
+
+
+@triton.jit
+def scale_of(x, front, n, eps, places, FRONT: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr):
+    """1 / rms of one token, or 1 without a norm. places: sums of squares that were left."""
+    if FRONT == OWN:
+        return inverse_rms(x, n, eps, WIDTH)
+    elif FRONT == LEFT:
+        place = tl.arange(0, PLACES)
+        return tl.rsqrt(tl.sum(tl.load(front + place, mask=place < places, other=0.0), axis=0) / n + eps)
+    else:
+        return 1.0
+
+
 @triton.jit
 def read(x, front, scale, channels, inside, FRONT: tl.constexpr):
     """x at `channels` in float32; behind a norm of weight `front`, rounded where Llama's is."""
     value = tl.load(x + channels, mask=inside, other=0.0)
-    if FRONT:
+    if FRONT == LEFT:
+        value = value * scale
+    if FRONT == OWN:
         weight = tl.load(front + channels, mask=inside, other=0.0).to(tl.float32)
         rounded = (value.to(tl.float32) * scale).to(value.dtype).to(tl.float32)
         value = (rounded * weight).to(value.dtype)

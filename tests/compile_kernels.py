@@ -48,8 +48,12 @@ def gemv(dtype: torch.dtype, configuration: Configuration, int4: bool, tokens: i
     y = empty(tokens, packed.rows // (1 + gated), dtype=dtype)
     front, residual = (x[0], y) if all_options else (None, None)
     work = triton_gemv.workspace(packed, configuration, tokens)
-    given = triton_gemv.arguments(x, packed, grid, work, y, front, 1e-5, residual)
-    return given, triton_gemv.constants(packed, gated, configuration, grid, all_options, all_options)
+    configured = dict(before=None, next=None, after=None)
+    if all_options and segments == 1:
+        configured = dict(before=triton_gemv.Left(empty(tokens, packed.channels), empty(tokens, 64)), next=y[0],
+                          after=triton_gemv.left(packed, configuration, tokens))  # fmt: skip
+    given = triton_gemv.arguments(x, packed, grid, work, y, front, 1e-5, residual, **configured)
+    return given, triton_gemv.constants(packed, gated, configuration, grid, given)
 
 
 def neurons(dtype: torch.dtype, chosen: bool) -> tuple[dict, dict]:

@@ -83,9 +83,16 @@ def test_griffins_rows_choose_for_themselves(build, ids):
 def test_layers_share_memory_for_sums(build, ids, monkeypatch):
     model = sparse(build, ids, dict(rho=0.8))
     made = []
-    monkeypatch.setattr("rsparse.decode.gathering.Gemv", lambda *args, like, **named: made.append(like) or Gemv(*args))
+
+    class Noted(Gemv):
+        def __init__(self, *args, like, after, **named):
+            made.append((like is None, after is None))
+            super().__init__(*args, like=like, after=after, **named)
+
+    monkeypatch.setattr("rsparse.decode.gathering.Gemv", Noted)
     Engine(model)
-    assert [x is None for x in made] == [True] * 4 + [False] * 4
+    assert [like for like, _ in made] == [True] * 4 + [False] * 4
+    assert [after for _, after in made] == [True, True, False, True] + [False, True] * 2  # gate and up follow o
 
 
 REASONS = {

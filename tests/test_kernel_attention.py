@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import triton_attention
+from kernels.attention import workspace
 from kernels.triton_attention import attend, tile
 from rsparse.decode.attention import Seen, StepAttention
 
@@ -100,6 +101,23 @@ def test_same_bits_and_what_is_not_finite():
     case.keys[:] = torch.nan  # positions behind the token are not looked at
     case.values[:] = torch.inf
     assert case.found(0)[0].isfinite().all()
+
+
+def test_registered_as_torch_asks():
+    case = Case(SIZES["grouped"], torch.float32)
+    arguments = (case.qkv[:, 0], case.cos, case.sin, torch.tensor([70], device=DEVICE), case.keys, case.values, 8, 128,
+                 None, [x.nan_to_num() for x in case.work])  # fmt: skip
+    torch.library.opcheck(torch.ops.rsparse_kernels.attend.default, arguments)
+
+
+def test_where_there_is_no_kernel():
+    """Elsewhere than on a GPU; which other caches it refuses, a GPU tells."""
+    case = Case(SIZES["many heads"], torch.float32)
+    assert workspace(case.keys.cpu(), 4) is None
+    if DEVICE == "cuda":
+        assert workspace(case.keys, 4) is not None
+        assert workspace(case.keys.double(), 4) is workspace(case.keys[..., :24], 4) is None
+        assert workspace(case.keys[:, :, :, :48], 4) is None
 
 
 def test_tiles_divide_chunks():

@@ -199,7 +199,7 @@ def test_the_operation_is_registered_as_torch_asks(path):
     x = torch.randn(1, 32)
     work = [torch.zeros(1)]
     arguments = (x, packed.table, packed.A, packed.B, packed.ranks, packed.thresholds, None, None, None, x[0], 1e-5,
-                 torch.randn(1, 24), [24, 24], True, path, [], work)  # fmt: skip
+                 torch.randn(1, 24), [], None, [24, 24], True, path, [], work)  # fmt: skip
     torch.library.opcheck(torch.ops.rsparse_kernels.gemv.default, arguments)
 
 
@@ -284,6 +284,38 @@ def test_a_norm_in_front_and_a_residual_behind(tokens, path):
         given = (norm.to(DEVICE), 1e-5, residual.to(DEVICE))
         found = triton_gemv.gemv(x.to(DEVICE), packed, True, cut, work, *given).cpu()
     assert wrong_by(found, expected) < 12 * EPS[torch.float32]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_a_launch_leaves_what_the_next_norm_needs(tokens, dtype, listed, monkeypatch):
+    """o with its residual, then gate and up behind a norm of their sum: as modules that know of each other, on a GPU's
+    layout."""
+    monkeypatch.setattr(Gemv, "takes", lambda module, tokens: "triton")
+    generator = torch.Generator().manual_seed(5)
+    o = segment(150, 96, 4, 0.7, dtype, generator, bias=True)
+    pair = [segment(40, 150, 5, 0.5, dtype, generator, norms=True) for _ in range(2)]
+    x, residual = (torch.randn(tokens, size, generator=generator).to(dtype) for size in (96, 150))
+    norm = (torch.rand(150, generator=generator) + 0.5).to(dtype)
+    packs = [pack([to(one) for one in parts], chunked=False) for parts in ([o], pair)]
+    cut = Configuration(32, 16, 3, 1, listed)
+    first = Gemv(packs[0], configuration=cut, most_tokens=4)
+    second = Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 4, after=first)
+    alone = Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 4)
+    like = Gemv(packs[0], configuration=cut, most_tokens=4, like=first)
+    Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 4, after=like)
+    assert like.left[0] is first.left[0] and second.left == ()
+    for scale in (1.0, 30.0):  # nothing of the call before is left
+        y = first(x.to(DEVICE), scale * residual.to(DEVICE))
+        found = second(y).cpu()
+        wide = y.cpu().double()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * norm.double()
+        assert wrong_by(found, exact(normed.float(), pair, True)) < 16 * EPS[dtype]
+        assert wrong_by(alone(y).cpu(), exact(normed.float(), pair, True)) < 60 * EPS[dtype]  # a mask may flip
+    with pytest.raises(ValueError, match="expected one, which a norm can read"):
+        Gemv(pack([to(segment(96, 40, 0, 0.5, dtype, generator))], chunked=False), False,
+             (norm[:40].to(DEVICE), 1e-5), cut, 4, after=Gemv(packs[1], configuration=cut))  # fmt: skip
 
 
 # INT4

@@ -64,13 +64,16 @@ class Gathering:
         if reason := unsupported(model):
             raise ValueError(f"{reason}; expected what the kernels compute, or builder=rsparse.decode.reference")
         self._first: dict[tuple, Gemv] = {}
+        self._stream: Gemv | None = None  # what made the residual stream, where a kernel did
 
     def __call__(self, layer: nn.Module) -> tuple[Projections, Projections]:
         attention, mlp = layer.self_attn, layer.mlp
         as_hung, _ = projections.reference(layer)
         qkv = self._product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, as_hung.qkv)
         out = self._product([attention.o_proj], None, as_hung.out)
+        self._stream = out[1] if isinstance(out[1], Gemv) else None
         gated, down = self._mlp(mlp, layer.post_attention_layernorm, as_hung)
+        self._stream = down[1] if isinstance(down[1], Gemv) else None
         slots = dict(qkv=qkv, out=out, gated=gated, down=down)
         return tuple(Projections(**{name: pair[i] for name, pair in slots.items()}) for i in (0, 1))
 
@@ -117,7 +120,8 @@ class Gathering:
         first = self._first.get(key)
         most = max(1, gathered_tokens(1 - max(shares))) if packed.table.is_cuda else None
         configuration = first.configuration if first else _configuration(packed, gated, shares)
-        made = Gemv(packed, gated, norm and _front(norm), configuration, most, like=first)
+        front, after = (norm and _front(norm)), (self._stream if norm is not None else None)
+        made = Gemv(packed, gated, front, configuration, most, like=first, after=after)
         self._first.setdefault(key, made)
         return made
 
