@@ -222,7 +222,7 @@ class Trials:
     @staticmethod
     def split(linear: DecoderLinear, ask: Ask) -> Split:
         """What the budget of `ask` buys of a linear."""
-        return split_budget(*linear.shape, ask.sparsity, ask.rho, linear.weight_bytes)
+        return split_budget(*linear.shape, ask.sparsity, ask.rho, linear.weight_bytes, linear.factor_bytes)
 
     @contextmanager
     def _hung(self, candidates: Sequence[Mapping[str, Ask]]) -> Iterator[None]:
