@@ -57,7 +57,7 @@ def kept_codes(model: nn.Module, ids: Tensor) -> Path:
 
 
 def write(folder: Path, model: nn.Module, ids: Tensor, text: str = "") -> None:
-    """Quantise the dense `model` and write its codes to `folder`. text: what the ids were taken from, for the record."""
+    """Quantise the dense `model` and write its codes to `folder`. text: where the ids come from, for the record."""
     about = {"samples": len(ids), "length": ids.shape[1], "text": text, "damp_percent": DAMPING}
     codes = quantize(model, ids)
     made = {"quantizer": f"{LIBRARY}:{metadata.version(LIBRARY)}"}
@@ -81,7 +81,10 @@ def quantize(model: nn.Module, ids: Tensor) -> dict[str, Quantized]:
     ids = Calibration(model, ids).ids
     with _computing_on(linears[0].device):
         GPTQConfig, prepare, convert = _library()
-        config = GPTQConfig(bits=4, use_sym=True, group_size=GROUP, act_order=False, percdamp=DAMPING, block_size=GROUP)
+        config = GPTQConfig(
+            bits=4, use_sym=True, group_size=GROUP, act_order=False, percdamp=DAMPING, block_size=GROUP,
+            model_path=os.curdir,  # without one, it fetches the model's files from the hub, and reads none of them
+        )  # fmt: skip
         twin = prepare(_twin(model), config)
         device = twin.get_input_embeddings().weight.device
         for sample in tqdm(ids.split(1), desc="GPTQ, inputs", leave=False):

@@ -489,7 +489,7 @@ def describe(setting: Setting, sources: Sources, report: Report | None = None) -
 
 
 def _stored(setting: Setting, quantization: Quantization | None) -> dict[str, str]:
-    """The columns that say how INT4 weights were found and in what precision factors are stored, where there are any."""
+    """The columns that say how INT4 weights were found, and in what precision the method's factors are stored."""
     if quantization is None:
         return {}
     has_factors = setting.recipe is not None or setting.method == "low-rank" or setting.canonical.method == "r-sparse"

@@ -38,7 +38,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         four = part[(part["task"] == "average-4") & (part["metric"] == "acc")]
         found.append({
             "weights": WEIGHTS[weights], "method": gains.NAMES[method], "sparsity": f"{sparsity:.0%}",
-            "factors": _precision(method, weights, dtype, part), "rank of q": _rank(part) if method == "r-sparse" else "",
+            "factors": _precision(method, weights, dtype, part), "rank of q": _rank(method, part),
             "bits read": bits_read(part), "realised (%)": 100 * part["realised"].mean(),
             "accuracy (%)": f"{100 * average['value'].mean():.1f} ± {100 * average['stderr'].mean():.1f}",
             "of four (%)": 100 * four["value"].mean(), "margin": _mean(part, "average", "margin"),
@@ -117,10 +117,8 @@ def extra_cost(rows: pd.DataFrame, model: str) -> str:
     for row in found[found["weights"] != ""].to_dict("records"):
         if row["sparsity"] in own.index:
             weights, _, setting = row["label"].partition(": ")
-            said.append(
-                f"{setting} costs {-row['value']:.4f} nats per token on {weights}, and {-own[row['sparsity']]:.4f} on the "
-                "weights as loaded"
-            )
+            said.append(f"{setting} costs {-row['value']:.4f} nats per token on {weights}, and "
+                        f"{-own[row['sparsity']]:.4f} on the weights as loaded")  # fmt: skip
     return f"By held-out loss of `{model}`: {'; '.join(said)}." if said else ""
 
 
@@ -131,8 +129,8 @@ def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str
     return PRECISIONS.get(own, own)
 
 
-def _rank(part: pd.DataFrame) -> str:
-    return next(iter(part["ranks"].dropna()), "q 0").split()[1]
+def _rank(method: str, part: pd.DataFrame) -> str:
+    return next(iter(part["ranks"].dropna()), "q 0").split()[1] if method == "r-sparse" else ""
 
 
 def _mean(part: pd.DataFrame, task: str, metric: str) -> float:
