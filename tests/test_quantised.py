@@ -19,8 +19,8 @@ from rsparse.results import Table
 from rsparse.study import DENSE, Sources, Study
 
 FINE = dict(
-    weights=["int4-rtn"], sparsities=[0.5], rho=0.9, factor_dtypes=["float16"], threshold="static", gptq="",
-    gptq_samples=2, gptq_length=32, seeds=[0],
+    weights=["int4-rtn"], methods=["teal", "r-sparse"], sparsities=[0.5], rho=0.9, factor_dtypes=["float16"],
+    threshold="static", gptq="", gptq_samples=2, gptq_length=32, seeds=[0],
 )  # fmt: skip
 
 
@@ -28,6 +28,8 @@ FINE = dict(
     ("values", "said"),
     [
         ({"weights": []}, "weights are"),
+        ({"methods": []}, "methods are"),
+        ({"methods": ["wina"]}, "methods are .*expected some of teal, r-sparse"),
         ({"weights": ["int2"]}, "weights are 'int2'"),
         ({"weights": ["int4-gptq"], "gptq": "no/folder"}, "is no folder"),
         ({"factor_dtypes": []}, "factor_dtypes"),

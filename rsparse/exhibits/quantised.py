@@ -18,6 +18,7 @@ from rsparse.exhibits.paired import Arm
 from rsparse.quantize import Quantization
 from rsparse.study import DENSE, Setting, Study, check_some
 
+METHODS = ("teal", "r-sparse")
 LOADED = "as loaded"
 """Column `against` of differences from the checkpoint's own weights, under the same setting."""
 
@@ -26,13 +27,14 @@ LOADED = "as loaded"
 class Plan:
     """What the exhibit compares. ValueError, before anything is loaded, for a value that is not allowed.
 
-    weights: of `int4.WEIGHTS`, beside the checkpoint's own. sparsities: budgets. rho: of R-Sparse. factor_dtypes:
-    precisions of R-Sparse's factors on INT4 weights; on the checkpoint's own they have the weights'. gptq: folder of a
-    GPTQ checkpoint, "tiny", or "" to quantise, on gptq_samples windows of gptq_length tokens. seeds: each picks the
-    windows that thresholds are read from.
+    weights: of `int4.WEIGHTS`, beside the checkpoint's own. methods: of METHODS, beside dense. sparsities: budgets.
+    rho: of R-Sparse. factor_dtypes: precisions of R-Sparse's factors on INT4 weights; on the checkpoint's own they
+    have the weights'. gptq: folder of a GPTQ checkpoint, "tiny", or "" to quantise, on gptq_samples windows of
+    gptq_length tokens. seeds: each picks the windows that thresholds are read from.
     """
 
     weights: Sequence[str]
+    methods: Sequence[str]
     sparsities: Sequence[float]
     rho: float
     factor_dtypes: Sequence[str]
@@ -48,6 +50,8 @@ class Plan:
             raise ValueError(
                 f"weights are {self.weights!r}, factor_dtypes {self.factor_dtypes!r}; expected some of each"
             )
+        if not self.methods or set(self.methods) - set(METHODS):
+            raise ValueError(f"methods are {self.methods!r}; expected some of {', '.join(METHODS)}")
         if 0 in self.sparsities or self.rho in (0, 1):
             raise ValueError(
                 f"sparsities are {self.sparsities}, rho is {self.rho}; expected no sparsity of 0, dense is measured "
@@ -100,8 +104,10 @@ def _arms(study: Study, plan: Plan, weights: str | None) -> dict[Key, Arm]:
         there = study.sibling(quantization=plan.quantization(weights, dtype)) if weights else study
         if dtype == plan.factor_dtypes[0]:
             arms["dense", 0.0, ""] = paired.of(there, DENSE)
-            arms |= {("teal", s, ""): paired.of(there, plan.teal(s)) for s in plan.sparsities}
-        arms |= {("r-sparse", s, dtype): paired.of(there, plan.r_sparse(s)) for s in plan.sparsities}
+            if "teal" in plan.methods:
+                arms |= {("teal", s, ""): paired.of(there, plan.teal(s)) for s in plan.sparsities}
+        if "r-sparse" in plan.methods:
+            arms |= {("r-sparse", s, dtype): paired.of(there, plan.r_sparse(s)) for s in plan.sparsities}
     return arms
 
 
@@ -115,5 +121,5 @@ def _within(arms: dict[Key, Arm], plan: Plan) -> None:
     for (method, sparsity, _), arm in arms.items():
         if method != "dense":
             paired.add_differences(arm, arms["dense", 0.0, ""], plan.seeds)
-        if method == "r-sparse":
+        if method == "r-sparse" and "teal" in plan.methods:
             paired.add_differences(arm, arms["teal", sparsity, ""], plan.seeds)
