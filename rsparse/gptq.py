@@ -1,9 +1,9 @@
 """GPTQ by Intel's Neural Compressor, an optional extra: calibrated INT4 codes of a model's decoder linears.
 
-Why this library (November 2026): pip-installs beside our pins as pure Python, runs on a CPU and on a GPU, knows Llama
-and Mistral, symmetric groups of 128 without reordering, and has a release every few weeks. gptqmodel 7.7 asks for newer
-torch and numpy than ours, and 7.6 builds from source; llm-compressor asks for an older transformers; torchao's GPTQ is
-a prototype that runs on CUDA alone, with zeros of their own.
+Why this library (November 2026): it installs beside our pins as pure Python, runs on a CPU, takes Llama models and
+symmetric groups of 128 without reordering, and is maintained by Intel. gptqmodel 7.7 asks for newer torch and numpy
+than ours, and 7.6 has to be compiled; llm-compressor asks for an older transformers; torchao's GPTQ is a prototype that
+runs on CUDA alone, with zeros of its own.
 
 GPTQ: Frantar et al., ICLR 2023 (arXiv 2210.17323): column by column, the error of a rounded weight is made up for by
 those still to round, with the inverse of the inputs' second moments. Its grid is max|w| / 7.5 a step.
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from kernels.quantized import GROUP, Quantized, from_gptq
 from rsparse import gptq_checkpoint
 from rsparse.calibrate import Calibration, check_dense
-from rsparse.int4 import check_shapes
+from rsparse.int4 import check_shapes, is_int4
 from rsparse.models import decoder_linears
 from rsparse.paths import cache_folder
 
@@ -70,11 +70,13 @@ def quantize(model: nn.Module, ids: Tensor) -> dict[str, Quantized]:
 
     ids: calibration tokens, LongTensor (samples, length). Blocks are quantised in order, each on the inputs that the
     quantised ones before it leave. Memory beside the model's: one block, its linears' second moments (float32), and a
-    block's inputs of all samples (samples x length x width). ValueError for a model that is sparse or spread over
-    several devices, for shapes that do not fit, and where the library is not installed.
+    block's inputs of all samples (samples x length x width). ValueError for a model that is sparse, in INT4 already or
+    spread over several devices, for shapes that do not fit, and where the library is not installed.
     """
     check_library()
     check_dense(model)
+    if is_int4(model):
+        raise ValueError("the model's weights are INT4 already; expected its own, see rsparse.int4.restore")
     linears = check_shapes(model)
     if len(devices := {x.device for x in linears}) > 1:
         raise ValueError(f"the model lies on {', '.join(sorted(map(str, devices)))}; expected one device")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kernels.quantized import GROUP, Quantized, from_gptq, round_to_nearest, to_gptq
 from rsparse.calibrate import check_dense
@@ -28,8 +27,8 @@ FACTORS = ("float32", "float16", "bfloat16", STORED)
 """Precisions of low-rank factors. INT4 ones are rounded to nearest, in groups of 128 along the weight's own sides."""
 
 
-class Int4Linear(nn.Module):
-    """y = W x with W (m, n) dequantised in `dtype`; holds codes and scales as a GPTQ checkpoint does.
+class Int4Linear(nn.Linear):
+    """A linear y = W x + b with W (m, n) dequantised in `dtype`; holds codes and scales as a GPTQ checkpoint does.
 
     quantized: codes and scales. factor_dtype: one of FACTORS, of the factors that a method adds. ValueError where
     INT4 factors do not fit.
@@ -40,8 +39,8 @@ class Int4Linear(nn.Module):
     def __init__(
         self, quantized: Quantized, dtype: torch.dtype, bias: Tensor | None = None, factor_dtype: str = "float16"
     ):
-        super().__init__()
-        self.out_features, self.in_features = quantized.shape
+        m, n = quantized.shape
+        super().__init__(n, m, bias=False, device="meta")
         self.factor_dtype = check_factors(factor_dtype)
         if factor_dtype == STORED and self.out_features % GROUP:
             raise ValueError(f"the weight has {self.out_features} outputs; INT4 factors need a multiple of {GROUP}")
@@ -50,7 +49,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", packed["scales"].to(device))
         wide = self.quantized().dequantized(torch.promote_types(dtype, torch.float32))
         self.weight = nn.Parameter(wide.to(dtype), requires_grad=False)
-        self.bias = bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def quantized(self, dtype: torch.dtype | None = None) -> Quantized:
         """What the INT4 kernel takes: codes, and scales in the dtype of the activations (float16 by default)."""
@@ -62,10 +61,6 @@ class Int4Linear(nn.Module):
         if self.factor_dtype == STORED:
             return Factors(*(_rounded_columns(x) for x in (factors.A, factors.B)))
         return factors.to(DTYPES[self.factor_dtype]).to(self.weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) -> (..., m)."""
-        return F.linear(x, self.weight, self.bias)
 
 
 def check_factors(name: str) -> str:

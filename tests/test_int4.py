@@ -190,7 +190,7 @@ def nearest_of(module) -> Quantized:
     return int4.nearest(module.weight)
 
 
-def test_what_does_not_fit_is_refused_with_the_model_as_it_was(model, tmp_path):
+def test_what_does_not_fit_is_refused_with_the_model_as_it_was(model, ids, tmp_path, monkeypatch):
     linears = models.decoder_linears(model)
     own = [x.module for x in linears]
 
@@ -207,12 +207,24 @@ def test_what_does_not_fit_is_refused_with_the_model_as_it_was(model, tmp_path):
     int4.hang(model, nearest)
     with pytest.raises(ValueError, match="INT4 already"):
         int4.hang(model, nearest)
+    monkeypatch.setattr(gptq, "check_library", lambda: None)
+    with pytest.raises(ValueError, match="INT4 already"):
+        gptq.quantize(model, ids)
     rsparse.sparsify(model, "teal", sparsity=0.5, threshold="per-token")
     with pytest.raises(ValueError, match="the model is sparse"):
         int4.restore(model)
     narrow = models.load_model(str(small_checkpoint.save(tmp_path / "narrow")))
     with pytest.raises(ValueError, match=r"q_proj' has shape \(64, 64\); INT4 needs a multiple of 128 inputs"):
         int4.hang(narrow, nearest)
+
+
+def test_it_decodes_what_it_evaluates(model, ids):
+    own = rsparse.decode.generate(model, ids[:1, :8], 6, stop=())
+    int4.hang(model, nearest)
+    found = rsparse.decode.generate(model, ids[:1, :8], 6, stop=())
+    assert torch.equal(found[0, 8:], model(found[:, :-1]).logits[0, 7:].argmax(-1))
+    int4.restore(model)
+    assert torch.equal(rsparse.decode.generate(model, ids[:1, :8], 6, stop=()), own)
 
 
 @pytest.mark.parametrize("dtype", int4.FACTORS)
