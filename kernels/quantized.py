@@ -80,3 +80,24 @@ def from_gptq(qweight: Tensor, scales: Tensor, g_idx: Tensor | None = None) -> Q
     shifts = torch.arange(0, 32, 4, device=qweight.device, dtype=torch.int32)
     codes = (qweight[:, None, :] >> shifts[:, None]) & 15  # (n / 8, 8, m)
     return Quantized(codes.reshape(n, -1).T.contiguous().to(torch.uint8), scales.T.contiguous())
+
+
+def to_gptq(quantized: Quantized) -> dict[str, Tensor]:
+    """What a GPTQ checkpoint holds of one linear, as `from_gptq` reads it: qweight (n / 8, m) and qzeros (n / 128,
+    m / 8) int32, scales (n / 128, m) float16, g_idx (n,) int32. Zeros are stored less one, as the format has it.
+
+    ValueError where m is no multiple of 8, which the zeros' packing needs.
+    """
+    m, n = quantized.shape
+    if m % 8:
+        raise ValueError(f"the weight has {m} outputs; expected a multiple of 8")
+    nibbles = quantized.codes.T.reshape(n // 8, 8, m).to(torch.int64)
+    shifts = torch.arange(0, 32, 4, device=nibbles.device)[None, :, None]
+    words = (nibbles << shifts).sum(1)
+    words = torch.where(words >= 2**31, words - 2**32, words)  # as a signed word of the same bits
+    return {
+        "qweight": words.to(torch.int32).contiguous(),
+        "qzeros": torch.full((n // GROUP, m // 8), int(f"{ZERO - 1:x}" * 8, 16), dtype=torch.int32),
+        "scales": quantized.scales.T.to(torch.float16).contiguous(),
+        "g_idx": torch.arange(n, dtype=torch.int32) // GROUP,
+    }

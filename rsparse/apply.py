@@ -230,6 +230,8 @@ def _build(
     if planned.method.prompted:
         return PromptedLinear(dense, split, protocol)
     factors = made.get(mask.place.name) or (store.get(dense.weight, split.rank) if split.rank else None)
+    if factors is not None and hasattr(dense, "rounded"):  # INT4: factors in the precision that was counted
+        factors = dense.rounded(factors)
     return SparseLinear(dense, split, protocol, factors, mask.norms)
 
 

@@ -171,6 +171,8 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     if what == "importance":
         texts = parameters["samples"] * (1 + len(parameters["sources"])) + max(parameters["counts"])
         return texts * parameters["length"]
+    if what == "gptq":  # a part of it does not grow with the tokens: an upper bound where there are more of them
+        return parameters["gptq_samples"] * parameters["gptq_length"]
     if what == "greedy":
         return min(parameters["samples"] * parameters["length"], SEARCHED)
     if what == "heldout":

@@ -88,10 +88,18 @@ class DecoderLinear:
     @property
     def weight_bytes(self) -> Fraction:
         """Bytes per stored weight element; ValueError for a dtype that nothing here computes in."""
+        if stored := getattr(self.module, "stored", ""):  # INT4, evaluated as what it stands for: see rsparse.int4
+            return BYTES[stored]
         dtype = str(self.module.weight.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ValueError(f"the weight of {self.name!r} is {dtype}; expected one of {', '.join(DTYPES)}")
         return BYTES[dtype]
+
+    @property
+    def factor_bytes(self) -> Fraction:
+        """Bytes per stored element of its low-rank factors: the weight's, unless the linear says otherwise."""
+        own = getattr(self.module, "factor_dtype", "")
+        return BYTES[own] if own else self.weight_bytes
 
     @property
     def channels(self) -> int:

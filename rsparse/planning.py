@@ -183,7 +183,7 @@ def _activations(model: nn.Module) -> list[DecoderActivation]:
 
 
 def _split(linear: DecoderLinear, ask: Ask) -> Split:
-    return accounting.split_budget(*linear.shape, ask.sparsity, ask.rho, linear.weight_bytes)
+    return accounting.split_budget(*linear.shape, ask.sparsity, ask.rho, linear.weight_bytes, linear.factor_bytes)
 
 
 def _norms(linear: DecoderLinear, ask: Ask, rotation: Rotation | None) -> Tensor | None:

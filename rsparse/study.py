@@ -17,12 +17,13 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from rsparse import evaluate, harness, intervals, models, paths, planning, texts
+from rsparse import evaluate, harness, int4, intervals, models, paths, planning, texts
 from rsparse.apply import counting, restore, sparsify, tokens_as
 from rsparse.calibrate import Calibration
 from rsparse.decompose import FactorStore, default_store
 from rsparse.methods import METHODS
 from rsparse.protocol import Tokens
+from rsparse.quantize import Quantization, put
 from rsparse.recipe import Ask, Recipe
 from rsparse.report import Report
 from rsparse.results import Table
@@ -113,7 +114,7 @@ class Sources:
     checkpoint: as `models.load_model` names it. name: what tables call the model. samples, length:
     calibration windows. windows, window, context: held-out windows, their tokens, and how many of these are
     not scored. items: per task, None for all. suite: whose tasks. summary_tokens: most that a summary may
-    have.
+    have. quantization: INT4 weights in place of the checkpoint's, or None.
 
     Raises ValueError for a text, suite, dtype or device that does not exist, for sizes that are no whole numbers
     above 0, and for a context that leaves nothing to score.
@@ -138,6 +139,7 @@ class Sources:
     summaries: str = "tiny"
     articles: int = 25
     summary_tokens: int = 48
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for text in (self.calibration, self.heldout):
@@ -162,12 +164,13 @@ class Sources:
 class Bench:
     """A loaded model with its tokenizer and factors, and what was last put on it; studies of one checkpoint share it.
 
-    applied: (study, setting, seed), or None where the model may be in any state.
+    applied: (study, setting, seed), or None where the model may be in any state. quantization: of the weights in place.
     """
 
     def __init__(self, sources: Sources):
         self.sources = sources
         self.applied: tuple[int, Setting, int] | None = None
+        self.quantization: Quantization | None = None
 
     @cached_property
     def model(self):
@@ -177,6 +180,17 @@ class Bench:
     @cached_property
     def tokenizer(self):
         return models.load_tokenizer(self.sources.checkpoint)
+
+    def quantized(self, wanted: Quantization | None, ids: Callable[[], Tensor]):
+        """The model with the weights of `wanted`, None for its own; dense where they had to be exchanged for it."""
+        if wanted != self.quantization:
+            self.applied, self.quantization = None, None
+            restore(self.model)
+            int4.restore(self.model)
+            if wanted is not None:
+                put(self.model, wanted, ids)
+            self.quantization = wanted
+        return self.model
 
     @cached_property
     def store(self) -> FactorStore:
@@ -218,11 +232,26 @@ class Study:
         """What changes with the files behind the sources' names, while the names do not."""
         s = self.sources
         files = {name: paths.stamp(getattr(s, name)) for name in ("checkpoint", "calibration", "heldout", "summaries")}
+        if s.quantization and s.quantization.checkpoint:
+            files["gptq"] = paths.stamp(str(s.quantization.folder))
         return files | {"revision": models.revision(s.checkpoint)}
 
     @property
     def model(self):
-        return self.bench.model
+        return self.bench.quantized(self.sources.quantization, self._gptq_ids)
+
+    def _put_weights(self) -> None:
+        """The model with this study's weights in place; what making INT4 codes took is a cost of its own."""
+        wanted = self.sources.quantization
+        made = wanted is not None and wanted.calibrates and self.bench.quantization != wanted
+        _ = self.bench.model  # loading is no part of it
+        with self.costing("gptq", wanted.samples * wanted.length if made else 0) as costs:
+            _ = self.model
+        self._costs += costs if made else []
+
+    def _gptq_ids(self) -> Tensor:
+        s, q = self.sources, self.sources.quantization
+        return texts.token_ids(s.calibration, "calibration", self.tokenizer, q.samples, q.length, self.seed)
 
     def dense(self):
         """The model with nothing on it."""
@@ -332,6 +361,7 @@ class Study:
         key |= part or {}
         kept = self.table.find(key, setting.columns())
         if kept is None:
+            self._put_weights()
             columns = self.apply(same, seed) | {"tokens": str(tokens)}
             with tokens_as(self.model, tokens), counting(self.model) as realised:
                 rows, items = measure(columns)
@@ -450,9 +480,17 @@ def describe(setting: Setting, sources: Sources, report: Report | None = None) -
         "calibration": f"{sources.calibration} {sources.samples}x{sources.length}" if calibrated else "",
         "dtype": sources.dtype,
         "bos": sources.bos,
-    }
+    } | _stored(setting, sources.quantization)
     if report is None:
         return columns
     ranks = " ".join(f"{x.kind} {x.rank}" for x in report.linears[: len(models.KINDS)])
     found = {"planned": report.planned, "realised": report.realised, "ranks": ranks}
     return columns | found | ({} if math.isnan(report.nominal) else {"nominal": report.nominal})
+
+
+def _stored(setting: Setting, quantization: Quantization | None) -> dict[str, str]:
+    """The columns that say how INT4 weights were found, and in what precision the method's factors are stored."""
+    if quantization is None:
+        return {}
+    has_factors = setting.recipe is not None or setting.method == "low-rank" or setting.canonical.method == "r-sparse"
+    return {"weights": quantization.weights, "factor_dtype": quantization.factor_dtype if has_factors else ""}

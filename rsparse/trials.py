@@ -60,7 +60,10 @@ class TrialLinear(nn.Module):
         """Hold the weight's factors of `rank`, and no others."""
         if rank == self.held:
             return
-        factors = store.get(self.dense.weight.detach(), rank).padded() if rank else None
+        factors = store.get(self.dense.weight.detach(), rank) if rank else None
+        if factors and hasattr(self.dense, "rounded"):  # INT4: factors in the precision that was counted
+            factors = self.dense.rounded(factors)
+        factors = factors and factors.padded()
         self.A, self.B = (factors.A, factors.B) if factors else (None, None)
         self.held = rank
 
@@ -222,7 +225,7 @@ class Trials:
     @staticmethod
     def split(linear: DecoderLinear, ask: Ask) -> Split:
         """What the budget of `ask` buys of a linear."""
-        return split_budget(*linear.shape, ask.sparsity, ask.rho, linear.weight_bytes)
+        return split_budget(*linear.shape, ask.sparsity, ask.rho, linear.weight_bytes, linear.factor_bytes)
 
     @contextmanager
     def _hung(self, candidates: Sequence[Mapping[str, Ask]]) -> Iterator[None]:

@@ -49,6 +49,7 @@ SMOKE = small_checkpoint.SMALL_SOURCES | dict(
     counts=[1, 2],
     whitened_sparsities=[0.5],
     whitened_rhos=[0.5],
+    weights=["int4-rtn"],
 )
 """The least that a notebook can be asked for; each takes the names that it declares."""
 
@@ -131,6 +132,8 @@ def test_the_planted_shapes_are_those_of_the_tiny_model():
 
 def parameters(name: str, checkpoint: Path, **more) -> dict:
     wanted = SMOKE | {"checkpoint": str(checkpoint), "model": "smoke", "preset": "smoke"} | more
+    if name == "table-2":
+        wanted |= {"checkpoint": f"{checkpoint}-wide"}
     if name == "planted-control":
         wanted |= {"shapes": [[48, 48]], "sparsity": 0.5}
     if name == "teal":
@@ -142,7 +145,9 @@ def parameters(name: str, checkpoint: Path, **more) -> dict:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return small_checkpoint.save(tmp_path_factory.mktemp("smoke") / "checkpoint")
+    folder = tmp_path_factory.mktemp("smoke")
+    small_checkpoint.save(folder / "checkpoint-wide", **small_checkpoint.WIDE)  # of the one that needs it
+    return small_checkpoint.save(folder / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +232,7 @@ def test_from_other_folders_a_rerun_computes_nothing(place, cache, checkpoint, t
     if not finished:
         pytest.skip("nothing was computed on the read-only checkout")
     shutil.copytree(cache / "interactive", tmp_path / "results")
-    hidden = hide_weights(checkpoint)  # whoever would compute needs them
+    hidden = hide_weights(checkpoint) | hide_weights(Path(f"{checkpoint}-wide"))  # whoever would compute needs them
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = {"root": ROOT, "notebooks": HERE.notebooks}[place]
     before = sorted(folder.iterdir())

@@ -68,7 +68,7 @@ class TestText:
         lines = [line.split("  ") for line in (TINY / "SHA256SUMS").read_text().splitlines()]
         listed = {name: digest for digest, name in lines}
         shards = {name for name in listed if name.startswith("corpus/")}
-        kept = {path.relative_to(TINY).as_posix() for part in ("tasks", "text", "model")
+        kept = {path.relative_to(TINY).as_posix() for part in ("tasks", "text", "model", "gptq")
                 for path in (TINY / part).rglob("*") if path.is_file()}  # fmt: skip
         assert kept | {"training.json", "audit.json"} == listed.keys() - shards
         for name in listed.keys() - shards:

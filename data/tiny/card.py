@@ -28,7 +28,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
-KEPT = ("tasks/*.jsonl", "tasks/*.yaml", "text/*", "model/*", "training.json", "audit.json")
+KEPT = ("tasks/*.jsonl", "tasks/*.yaml", "text/*", "model/*", "gptq/*", "training.json", "audit.json")
 SAMPLED_SHARDS = (0, corpus.SHARDS - 1)
 FORMATS = {
     "winogrande": "which of two candidates the blank means, told by the words after it",
@@ -307,6 +307,7 @@ From the checkout:
     python data/tiny/audit.py                blind scorers, and a search for test items in training text
     python data/tiny/tokenizer.py            train the tokenizer (the same corpus gives the same one)
     python data/tiny/train.py --out FOLDER   train model and controls: one GPU, minutes
+    python data/tiny/quantise.py             gptq/: INT4 codes of the model, by GPTQ (needs the extra int4)
     python data/tiny/card.py                 this card and SHA256SUMS
     python data/tiny/card.py --check         both are up to date
 

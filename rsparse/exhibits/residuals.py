@@ -109,7 +109,7 @@ def _residuals(
 ) -> dict[str, Left]:
     asked = []
     for x in linears:
-        kept = split_budget(*x.shape, plan.sparsity, plan.rho, x.weight_bytes).kept
+        kept = split_budget(*x.shape, plan.sparsity, plan.rho, x.weight_bytes, x.factor_bytes).kept
         asked.append((x, None, calibration.statistics(x, MAGNITUDE).quantile(1 - kept / x.channels)))
     texts = calibration.ids, study.heldout
     found = [{name: C for names, C in residual_moments(study.model, ids, asked) for name in names} for ids in texts]
@@ -138,7 +138,7 @@ def output_energies(model: nn.Module, ids: Tensor, linears: Sequence[DecoderLine
 def of_linear(x: DecoderLinear, plan: Plan, left: Left, store: FactorStore) -> tuple[list[dict], dict[str, list]]:
     """Rows and curves of the residuals of one linear."""
     W, full = x.module.weight.detach(), min(x.shape)
-    split = split_budget(*x.shape, plan.sparsity, plan.rho, x.weight_bytes)
+    split = split_budget(*x.shape, plan.sparsity, plan.rho, x.weight_bytes, x.factor_bytes)
     errors, values = error_curves(W, left, store)
     base = {"task": "residual", "linear": x.kind, "sparsity": plan.sparsity, "rho": plan.rho, "kept": split.kept}
     stable, share = float(values.sum() / values[0]), float(values.sum() / left.output)
