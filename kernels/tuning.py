@@ -49,35 +49,37 @@ def cache_path() -> Path:
     return Path(os.environ.get("RSPARSE_CACHE") or Path.home() / ".cache" / "rsparse") / "kernels.json"
 
 
-def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: float):
-    """The fastest of `candidates` on `weights`, copies of one shape, for x (tokens, n) of the given sparsity; from the
-    cache where it was measured before."""
+def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: float,
+         norm: tuple[torch.Tensor, float] | None = None):  # fmt: skip
+    """The fastest of `candidates` on `weights`, copies of one shape, for x (tokens, n) of the given sparsity, behind a
+    norm or not; from the cache where it was measured before."""
     from kernels.triton_gemv import Configuration
 
-    key, known = _key(weights[0], gated, len(x), sparsity), _read()
+    key, known = _key(weights[0], gated, len(x), sparsity, norm is not None), _read()
     if key not in known:
         seconds = {}
         for candidate in candidates(weights[0]):
-            operations = [Gemv(packed, gated, None, candidate, len(x)) for packed in weights]
+            operations = [Gemv(packed, gated, norm, candidate, len(x)) for packed in weights]
             seconds[candidate] = timing.measure([lambda o=o: o(x) for o in operations], "cuda", 5).p50
         known = _read() | {key: asdict(min(seconds, key=seconds.__getitem__))}
         write_json(cache_path(), known)
     return Configuration(**known[key])
 
 
-def configuration_for(packed: Packed, gated: bool, shares: Sequence[float]):
+def configuration_for(packed: Packed, gated: bool, shares: Sequence[float],
+                      norm: tuple[torch.Tensor, float] | None = None):  # fmt: skip
     """What `tune` finds for one token on weights of the shape of `packed` of which segment i reads `shares[i]` of its
-    channels: measured on random copies."""
+    channels: measured on random copies. norm: that x passes first; two warps gain without one and lose with it."""
     from kernels.triton_gemv import Configuration
 
     sparsity = 1 - sum(s * m for s, m in zip(shares, packed.widths, strict=True)) / packed.rows
-    if (known := _read().get(_key(packed, gated, 1, sparsity))) is not None:
+    if (known := _read().get(_key(packed, gated, 1, sparsity, norm is not None))) is not None:
         return Configuration(**known)
     normal = torch.distributions.Normal(0.0, 1.0)
     thresholds = normal.icdf(1 - torch.tensor(shares).clamp(0, 1) / 2).tolist()  # of |x|, x normal
     x = torch.randn(1, packed.channels, device=packed.table.device).to(packed.dtype)
     copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda"))]
-    return tune(copies, gated, x, sparsity)
+    return tune(copies, gated, x, sparsity, norm)
 
 
 def _random(packed: Packed, thresholds: Sequence[float]) -> Packed:
@@ -89,9 +91,10 @@ def _random(packed: Packed, thresholds: Sequence[float]) -> Packed:
     return replace(packed.with_thresholds(thresholds), table=table, A=table[packed.channels :], norms=None)
 
 
-def _key(packed: Packed, gated: bool, tokens: int, sparsity: float) -> str:
+def _key(packed: Packed, gated: bool, tokens: int, sparsity: float, normed: bool) -> str:
     device = torch.cuda.get_device_name(packed.table.device)
-    shape = f"{'+'.join(map(str, packed.widths))}x{packed.channels} r{packed.B.shape[1]}{' gated' * gated}"
+    shape = f"{'+'.join(map(str, packed.widths))}x{packed.channels} r{packed.B.shape[1]}"
+    shape += " gated" * gated + " normed" * normed
     kind = f"{storage(packed)} {packed.dtype}"
     return f"{_kernels()} | {device} | {torch.version.cuda} | {kind} | {shape} | {tokens} | {sparsity:.2f}"
 

@@ -18,7 +18,7 @@ from rsparse.accounting import check_sparsity
 from rsparse.bench_decode import baselines
 from rsparse.bench_decode.arrivals import Arrivals, repeated, summary, timed
 from rsparse.bench_decode.baselines import BASELINES
-from rsparse.bench_decode.parts import step_parts
+from rsparse.bench_decode.parts import PRODUCTS, step_parts
 from rsparse.bench_decode.settling import Steps, realised, settle
 from rsparse.bench_decode.sketches import Sketches
 from rsparse.bench_decode.traffic import Traffic, read_shares, traffic
@@ -160,7 +160,10 @@ def _ours(plan: Plan, model: nn.Module, ids: Tensor) -> tuple[list[Arrivals], di
     engine = Engine(model, compiled=plan.compiled)
     steps = engine.prepare(plan.batch, plan.prompt, plan.new)
     runs = repeated(lambda: timed(lambda: engine.stream(ids, plan.new, stop=())), plan.repeats)
-    return runs, {"linears": engine.linears, "step_parts_s": step_parts(steps, plan.prompt, plan.repeats)}
+    block = engine.decoder.blocks[0].step
+    chosen = {slot: str(getattr(getattr(block, slot), "configuration", None) or "") for slot in PRODUCTS}
+    return runs, {"linears": engine.linears, "configurations": chosen,
+                  "step_parts_s": step_parts(steps, plan.prompt, plan.repeats)}  # fmt: skip
 
 
 def _sparsify(

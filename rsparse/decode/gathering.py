@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import packing
-from kernels.operations import Gemv, Neurons, gathered_tokens, has_triton
+from kernels.operations import Gemv, Neurons, has_triton
 from kernels.packing import Packed, Segment
 from rsparse.apply import masks_of
 from rsparse.decode import projections
@@ -25,6 +25,11 @@ from rsparse.prompted import PromptedLinear
 
 TUNED = 0.05
 """Shares of channels are rounded to a multiple when a configuration is looked up: layers of a recipe share a few."""
+
+ROWS = 16
+"""Rows of a batch up to which a GPU gathers. Where they want nearly every channel together, that takes up to 1.7 times
+a dense product (H100, eight rows, 50% each: data/results/kernels); the plain product of s(x) from a table took four
+times one (H200, two rows), in a dozen launches."""
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -116,11 +121,11 @@ class Gathering:
         if packed.table.is_cuda:
             view_of(packed, linears)
         shares = tuple(round(x / packed.channels / TUNED) * TUNED for x in kept)
-        key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, gated, shares
+        key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, gated, norm is None, shares
         first = self._first.get(key)
-        most = max(1, gathered_tokens(1 - max(shares))) if packed.table.is_cuda else None
-        configuration = first.configuration if first else _configuration(packed, gated, shares)
         front, after = (norm and _front(norm)), (self._stream if norm is not None else None)
+        configuration = first.configuration if first else _configuration(packed, gated, shares, front)
+        most = ROWS if packed.table.is_cuda else None
         made = Gemv(packed, gated, front, configuration, most, like=first, after=after)
         self._first.setdefault(key, made)
         return made
@@ -172,13 +177,13 @@ def as_rows(linear: nn.Linear) -> Tensor:
     return linear.weight.detach()
 
 
-def _configuration(packed: Packed, gated: bool, shares: Sequence[float]):
+def _configuration(packed: Packed, gated: bool, shares: Sequence[float], front: tuple[Tensor, float] | None):
     """Of the Triton kernel; None where another one computes."""
     if not packed.table.is_cuda:
         return None
     from kernels.tuning import configuration_for
 
-    return configuration_for(packed, gated, shares)
+    return configuration_for(packed, gated, shares, front)
 
 
 def _segment(linear: nn.Module) -> Segment:
