@@ -21,10 +21,12 @@ from rsparse.exhibits.gains import listed
 from rsparse.paths import ROOT
 
 HALF = 0.5
+LINE = 3
+"""Lengths that make a line over length."""
 OURS = "our dense engine"
 LABELS = {"dense": OURS, "hf-eager": "Hugging Face, eager", "hf-static-compiled": "Hugging Face, compiled"}
 METHODS = ("teal", "r-sparse", "cats", "griffin")
-PARTS = {"qkv": "q, k, v", "attention": "attention", "out": "o", "gated": "gate, up", "down": "down", "head": "head",
+PARTS = {"qkv": "qkv", "attention": "attention", "out": "o", "gated": "gate+up", "down": "down", "head": "head",
          "left": "left over"}  # fmt: skip
 """Parts of a step by their names in the files, in the order of a block."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +46,7 @@ def published(folder: str | Path) -> pd.DataFrame:
 
 def speeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Without rows whose products read every weight for want of a kernel: their time is not their method's."""
-    return frame[[is_speed(row) for _, row in frame.iterrows()]] if len(frame) else frame
+    return frame[np.array([is_speed(row) for _, row in frame.iterrows()], dtype=bool)]
 
 
 def whole(frame: pd.DataFrame) -> pd.DataFrame:
@@ -129,8 +131,10 @@ def coverage(frame: pd.DataFrame) -> pd.DataFrame:
 def coverage_reading(frame: pd.DataFrame) -> str:
     """Which devices; how many rows are no speed and are left out from here on."""
     if frame.empty:
-        return ("**Nothing is published yet:** `data/results/decode/` holds no file of `python -m rsparse bench-decode`. "
-                "The sections below say so one by one; this machine's own timings are further down.")  # fmt: skip
+        return (
+            "**Nothing is published yet:** `data/results/decode/` holds no file of `python -m rsparse bench-decode`. "
+            "The sections below say so one by one; this machine's own timings are further down."
+        )
     random = frame.loc[frame["weights"] == "random", "model"].nunique()
     words = f"{len(frame)} rows on {listed(sorted(set(frame['device'])))}; of {random} models the weights are random."
     return f"{words} {left_out(frame)}".strip()
@@ -154,7 +158,7 @@ def lengths(frame: pd.DataFrame) -> pd.DataFrame:
     """One text after the longest prompt, of settings timed at several lengths; the baselines and what is at half."""
     own = whole(at(frame, batch=1))
     columns = [name for name in own if name.startswith("tokens_per_s.")]
-    own = own[own[columns].notna().sum(axis=1) > 1] if columns else own.iloc[:0]
+    own = own[own[columns].notna().sum(axis=1) >= LINE] if columns else own.iloc[:0]
     own = own[own["prompt"] == own["prompt"].max()]
     return ordered(own[own["name"].isin(BASELINES) | (own["sparsity"] == HALF)])
 
@@ -162,7 +166,8 @@ def lengths(frame: pd.DataFrame) -> pd.DataFrame:
 def length_points(own: pd.DataFrame) -> pd.DataFrame:
     """For `figures.speed_lines`: tokens per second of every row and length."""
     return pd.DataFrame([
-        {"panel": panel(row), "series": label(row), "x": length, "value": row[f"tokens_per_s.{length}"]}
+        {"panel": panel(row), "series": label(row), "look": row["name"], "x": length,
+         "value": row[f"tokens_per_s.{length}"]}
         for _, row in own.iterrows() for length in _lengths(own) if not pd.isna(row[f"tokens_per_s.{length}"])
     ])  # fmt: skip
 
@@ -176,9 +181,9 @@ def gain_points(own: pd.DataFrame) -> pd.DataFrame:
         for _, base in same[same["name"].isin(BASELINES)].iterrows():
             for length in _lengths(own):
                 gain = 100 * (row[f"tokens_per_s.{length}"] / base[f"tokens_per_s.{length}"] - 1)
-                found.append({"panel": panel(row), "series": f"over {label(base)}", "x": length, "value": gain,
-                              "mark": paper_gain(row["model"])})  # fmt: skip
-    columns = ["panel", "series", "x", "value", "mark"]
+                found.append({"panel": panel(row), "series": f"over {label(base)}", "look": base["name"], "x": length,
+                              "value": gain, "mark": paper_gain(row["model"])})  # fmt: skip
+    columns = ["panel", "series", "look", "x", "value", "mark"]
     return pd.DataFrame(found, columns=columns).dropna(subset=["value"])
 
 
@@ -203,20 +208,25 @@ def paper_gain(model: str) -> float:
 
 
 def gain_reading(own: pd.DataFrame) -> str:
-    """Largest gains over each baseline, in the paper's setting where that was measured, and whether they shrink."""
+    """The range of the largest gains over each baseline, the paper's setting beside the paper, and the trend."""
     points = gain_points(own)
     if points.empty:
         return "R-Sparse at half of the bytes and a baseline beside it were not measured here."
-    said = []
-    for (title, series), part in points.groupby(["panel", "series"], sort=False):
-        line = part.sort_values("x")
-        first, last = line.iloc[0], line.iloc[-1]
-        trend = "less at the longest" if last["value"] < first["value"] else "no less at the longest"
-        one = f"{title}, {series}: up to {line['value'].max():.0f}%, {trend}"
-        if LABELS["hf-eager"] in series and "float32" in title and not pd.isna(first["mark"]):
-            one += f" (the paper's setting but for the GPU: {first['mark']:.0f}% there)"
-        said.append(one)
-    return f"Gains of R-Sparse at {HALF:.0%}: {'; '.join(said)}."
+    lines = points.sort_values("x", kind="stable").groupby(["panel", "series"], sort=False)
+    table = lines.agg(most=("value", "max"), first=("value", "first"), last=("value", "last"), mark=("mark", "first"))
+    said = [f"{_span(part['most'], 0)}% {name}" for name, part in table.groupby("series", sort=False)]
+    words = f"Largest gains of R-Sparse at {HALF:.0%}, over models and storages: {listed(said)}."
+    papers = [f"{row['most']:.0f}% for {title.partition(', ')[0]}, where the paper has {row['mark']:.0f}%"
+              for (title, name), row in table.dropna(subset=["mark"]).iterrows()
+              if "float32" in title and LABELS["hf-eager"] in name]  # fmt: skip
+    words += f" In FP32 over eager code, the paper's setting on another GPU: {listed(papers)}." if papers else ""
+    shrinks = (table["last"] < table["first"]).sum()
+    return f"{words} From the shortest to the longest generation {shrinks} of {len(table)} gains shrink."
+
+
+def _span(values: pd.Series, decimals: int = 2) -> str:
+    low, high = (f"{x:.{decimals}f}" for x in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
 
 
 def _lengths(own: pd.DataFrame) -> list[int]:
@@ -231,7 +241,7 @@ def teal(frame: pd.DataFrame) -> pd.DataFrame:
     own = whole(at(frame, batch=1))
     mine = own[(own["name"] == "teal") & own["sparsity"].isin(TEAL_SPARSITIES)]
     settings = set(mine[SETTING].apply(tuple, axis=1)) if len(mine) else set()
-    same = own[[tuple(row) in settings for row in own[SETTING].to_numpy()]]
+    same = own[np.array([tuple(row) in settings for row in own[SETTING].to_numpy()], dtype=bool)]
     return ordered(same[same["name"].isin(BASELINES) | same.index.isin(mine.index)])
 
 
@@ -268,12 +278,9 @@ def teal_reading(own: pd.DataFrame) -> str:
     part = part.assign(ratio=over(part, "dense", own)).dropna(subset=["ratio"])
     if part.empty:
         return "Our dense engine was not timed beside TEAL here."
-    said = []
-    for (model, dtype, prompt), rows in part.groupby(["model", "dtype", "prompt"], sort=False):
-        last = rows.loc[rows["sparsity"].idxmax()]
-        said.append(f"{last['ratio']:.2f} at {last['sparsity']:.0%} ({model}, {dtype}, prompt {prompt:.0f})")
-    return (f"TEAL over {OURS}, which like TEAL's own baseline is the same loop without sparsity: {'; '.join(said)}. "
-            "Its paper's numbers are of other GPUs and trained weights.")  # fmt: skip
+    said = [f"{_span(rows['ratio'])} at {sparsity:.0%}" for sparsity, rows in part.groupby("sparsity")]
+    return (f"TEAL over {OURS}, which like the baseline of TEAL's authors is the same loop without sparsity: "
+            f"{listed(said)}. Their numbers are of other GPUs and trained weights.")  # fmt: skip
 
 
 # Parts of a step
@@ -294,10 +301,13 @@ def _by_part(own: pd.DataFrame) -> pd.DataFrame:
 
 
 def part_bars(own: pd.DataFrame) -> pd.DataFrame:
-    """For `figures.grouped_bars`: milliseconds, a group per part, a series per row."""
+    """For `figures.grouped_bars`: milliseconds, a group per part, a series per row; of every model one storage,
+    bfloat16 where it was timed."""
+    storages = own.groupby("model")["dtype"].agg(lambda x: "bfloat16" if "bfloat16" in set(x) else x.iloc[0])
+    shown = own[own["dtype"] == own["model"].map(storages)]
     return pd.DataFrame([
         {"panel": panel(row), "group": title, "series": label(row), "value": 1e3 * row[f"step_parts_s.{part}"]}
-        for _, row in own.iterrows() for part, title in PARTS.items()
+        for _, row in shown.iterrows() for part, title in PARTS.items()
     ])  # fmt: skip
 
 
@@ -311,35 +321,37 @@ def part_table(own: pd.DataFrame) -> pd.DataFrame:
 
 def part_reading(own: pd.DataFrame) -> str:
     """What share of a step is products that a method can make sparse."""
-    sparse = ("qkv", "out", "gated", "down")
-    said = []
-    for title, rows in own.groupby([panel(row) for _, row in own.iterrows()], sort=False):
-        shares = [f"{sum(x[f'step_parts_s.{p}'] for p in sparse) / x['step_parts_s.step']:.0%} ({label(x)})"
-                  for _, x in rows.iterrows()]  # fmt: skip
-        said.append(f"{title} {listed(shares)}")
-    return f"Of a step the four products take: {'; '.join(said)}."
+    step = own["step_parts_s.step"]
+    products = sum(own[f"step_parts_s.{part}"] for part in ("qkv", "out", "gated", "down")) / step
+    rest = own["step_parts_s.attention"] / step
+    names = pd.Series([label(row) for _, row in own.iterrows()], own.index)
+    said = [f"{_span(100 * part, 0)}% of {name}'s" for name, part in products.groupby(names, sort=False)]
+    return (f"The four products, which a method can make sparse, take {listed(said)} step, over models and storages; "
+            f"attention takes {_span(100 * rest, 0)}%.")  # fmt: skip
 
 
 # Sparsity
 
 
 def sweep(frame: pd.DataFrame) -> pd.DataFrame:
-    """One text's rows of settings in which some method was timed at a sparsity, with our dense engine beside it."""
+    """One text's rows of methods at a sparsity that have our dense engine beside them; of every model and storage the
+    lengths with the most rows, the longest prompt of several."""
     own = whole(at(frame, batch=1))
     own = own.assign(ratio=over(own, "dense", own)).dropna(subset=["ratio"])
     own = own[own["name"].isin(METHODS) & (own["sparsity"] > 0)]
-    return ordered(own)
+    sizes = own.groupby(["model", "dtype", "prompt", "new"]).size().reset_index(name="rows")
+    most = sizes.sort_values(["rows", "prompt", "new"]).drop_duplicates(["model", "dtype"], keep="last")
+    keys = ["model", "dtype", "prompt", "new"]
+    return ordered(own.merge(most[keys], on=keys)) if len(own) else own
 
 
 def sweep_points(own: pd.DataFrame) -> pd.DataFrame:
     """For `figures.speed_lines`: times our dense engine, by the sparsity that thresholds left, in percent."""
-    prompts = own.groupby(["model", "dtype"])[["prompt", "new"]].apply(lambda x: len(x.drop_duplicates()))
-    found = []
-    for _, row in own.iterrows():
-        more = f", prompt {row['prompt']:.0f}" if prompts[row["model"], row["dtype"]] > 1 else ""
-        found.append({"panel": panel(row) + more, "series": row["name"], "x": 100 * row["realised"],
-                      "value": row["ratio"], "limit": row["byte_limit_over_dense"]})  # fmt: skip
-    return pd.DataFrame(found)
+    return pd.DataFrame([
+        {"panel": panel(row), "series": NAMES.get(row["name"], row["name"]), "look": row["name"],
+         "x": 100 * row["realised"], "value": row["ratio"], "limit": row["byte_limit_over_dense"]}
+        for _, row in own.iterrows()
+    ])  # fmt: skip
 
 
 def sweep_table(own: pd.DataFrame) -> pd.DataFrame:
@@ -386,8 +398,9 @@ def batch_points(own: pd.DataFrame) -> pd.DataFrame:
     found = []
     for _, row in own.iterrows():
         read = 100 * row["bytes.decoder"] / row["bytes.dense"]
-        for title, value in (("time of dense over ours", row["ratio"]), ("bytes of the decoder read (%)", read)):
-            found.append({"panel": f"{panel(row)}:\n{title}", "series": label(row), "x": row["batch"], "value": value})
+        for place, value in ((f"over {OURS}", row["ratio"]), ("decoder bytes read (%)", read)):
+            found.append({"panel": f"{panel(row)}:\n{place}", "ylabel": place, "series": label(row),
+                          "x": row["batch"], "value": value})  # fmt: skip
     return pd.DataFrame(found)
 
 
@@ -445,7 +458,6 @@ def ratio_reading(own: pd.DataFrame) -> str:
         if values.empty:
             missing.append(name.removeprefix("over "))
         else:
-            low, high = f"{values.min():.2f}", f"{values.max():.2f}"
-            said.append(f"{low if low == high else f'{low} to {high}'} {name}")
+            said.append(f"{_span(values)} {name}")
     words = f"R-Sparse at {HALF:.0%}: {listed(said)}." if said else "No baseline was timed beside R-Sparse."
     return words + (f" Not measured beside it: {listed(missing)}." if missing else "")
