@@ -802,8 +802,8 @@ def speed_lines(points: pd.DataFrame, xlabel: str, ylabel: str, doubling: bool =
     """Lines over x: a panel per `panel`, a line per `series`.
 
     points: columns panel, series, x, value; where there are such, look (a key of `LOOK` or `BASELINE_LOOKS`), ylabel
-    (of the panel), limit (a dotted line besides) and mark (a level that is called `mark`). doubling: x doubles from tick
-    to tick. level: a value to stand against, dotted. columns: panels in a row, at most.
+    (of the panel), limit (a dotted line besides) and mark (a level that is called `mark`). doubling: x doubles from
+    tick to tick. level: a value to stand against, dotted. columns: panels in a row, at most.
     """
     titles = list(dict.fromkeys(points["panel"]))
     columns = min(columns, len(titles))

@@ -17,13 +17,15 @@ from rsparse.exhibits.gains import listed
 
 NEAR = 0.006
 """Sparsities so close are the same one: tables round those of methods that cannot take just any."""
+MLP = ("cats", "griffin")
+"""Methods whose own scope is the MLP."""
 ANALOGUE = "tiny"
 """How the model of a preset is called that stands for no other."""
 
 
 def losses(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Columns preset, model, method, sparsity, loss: what each method adds to the dense model's loss on held-out text
-    (nats per token, mean over seeds), on all linears' own scope, magnitude scores and uniform recipes.
+    (nats per token, mean over seeds), at its own scope and score, and for R-Sparse at the uniform rho that was timed.
 
     tables: published ones of exhibits that measure it. Of a preset, the first table that has a cell counts.
     """
@@ -34,8 +36,9 @@ def losses(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 def _losses(table: pd.DataFrame) -> pd.DataFrame:
     own = table[(table["task"] == "heldout") & (table["metric"] == "perplexity") & ~_random(table)]
-    own = own[own["scope"].fillna("all").eq("all") & own["recipe"].fillna("uniform").eq("uniform")]
-    own = own[own["score"].fillna("magnitude").eq("magnitude") & own["rho"].fillna(0.95).isin([0.95, 1.0])]
+    headline = own["recipe"].fillna("uniform").eq("uniform") & own["rho"].fillna(1.0).isin([0.95, 1.0])
+    whole_scope = own["scope"].eq("all") | own["method"].isin(MLP)
+    own = own[headline & whole_scope & (own["method"].ne("r-sparse") | own["score"].eq("magnitude"))]
     mean = own.assign(loss=np.log(own["value"])).groupby(["preset", "model", "method", "sparsity"])["loss"].mean()
     mean = mean.reset_index()
     dense = mean[mean["method"] == "dense"].drop_duplicates("preset").set_index("preset")["loss"]
