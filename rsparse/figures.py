@@ -44,6 +44,8 @@ LOOK = {  # method -> colour, marker, dashes; beyond the palette's eight, grey a
     "larosa": ("#7A3560", "*", (0, (2, 1))),
     "r-sparse": ("#D55E00", "o", "-"),
 }
+BASELINE_LOOKS = {"hf-eager": ("#999999", "P", (0, (1, 3))), "hf-static-compiled": ("#56B4E9", "X", "-.")}
+"""Looks of Hugging Face's generation beside our engine's methods."""
 VARIANTS = {
     "r-sparse (column-norm)": ("#8C3B00", "d", (0, (1, 1))),
     "r-sparse (whitened)": ("#6A3D9A", "H", (0, (4, 1, 1, 1))),
@@ -76,8 +78,9 @@ def show(figure: Figure, alt: str, caption: str = "") -> None:
 
 
 def say(text: str) -> None:
-    """Display a sentence of Markdown whose numbers the cell has just computed."""
-    display(Markdown(text))
+    """Display a sentence of Markdown whose numbers the cell has just computed; nothing of an empty one."""
+    if text:
+        display(Markdown(text))
 
 
 def table(frame: pd.DataFrame, digits: int | Mapping[str, int] = 2, caption: str = "") -> None:
@@ -715,10 +718,11 @@ def kernel_sweep(frame: pd.DataFrame) -> Figure:
 
 
 @styled
-def grouped_bars(frame: pd.DataFrame, label: str, line: float | None = None) -> Figure:
+def grouped_bars(frame: pd.DataFrame, label: str, line: float | None = None, turned: bool = False) -> Figure:
     """Bars side by side: a panel per `panel`, a group per `group`, a bar per `series`, in order of appearance.
 
-    line: a value to stand against, dotted. Bars of a series share a hatch besides a colour.
+    line: a value to stand against, dotted. turned: groups' names upright, where there are many. Bars
+    of a series share a hatch besides a colour.
     """
     titles, series = list(dict.fromkeys(frame["panel"])), list(dict.fromkeys(frame["series"]))
     figure, axes = panels(1, len(titles), max(3.4, 10.4 / len(titles)), 3.4, sharey=True)
@@ -734,6 +738,7 @@ def grouped_bars(frame: pd.DataFrame, label: str, line: float | None = None) -> 
         if line is not None:
             axis.axhline(line, color="black", linewidth=1, linestyle=":")
         axis.set(title=title, xticks=range(len(groups)), xticklabels=[x.replace("-", "-\n", 1) for x in groups])
+        axis.tick_params(axis="x", rotation=90 * turned)
         axis.grid(axis="x", visible=False)
     axes[0, 0].set_ylabel(label)
     _legend_below(figure, axes[0, 0], "")
@@ -788,4 +793,89 @@ def roofline(frame: pd.DataFrame) -> Figure:
     time.yaxis.set_major_formatter("{x:g}")
     share.set_ylim(0, 110)
     _legend_below(figure, time, "")
+    return figure
+
+
+@styled
+def speed_lines(points: pd.DataFrame, xlabel: str, ylabel: str, doubling: bool = False, level: float | None = None,
+                mark: str = "", columns: int = 3) -> Figure:  # fmt: skip
+    """Lines over x: a panel per `panel`, a line per `series`.
+
+    points: columns panel, series, x, value; where there are such, look (a key of `LOOK` or `BASELINE_LOOKS`), ylabel
+    (of the panel), limit (a dotted line besides) and mark (a level that is called `mark`). doubling: x doubles from
+    tick to tick. level: a value to stand against, dotted. columns: panels in a row, at most.
+    """
+    titles = list(dict.fromkeys(points["panel"]))
+    columns = min(columns, len(titles))
+    figure, axes = panels(-(-len(titles) // columns), columns, min(7.0, 10.4 / columns), 3.1)
+    looks, handles = _series_looks(points), {}
+    for place, (axis, title) in enumerate(zip(axes.flat, titles, strict=False)):
+        part = points[points["panel"] == title]
+        for name, (colour, marker, dash) in looks.items():
+            line = part[part["series"] == name].sort_values("x")
+            if line.empty:
+                continue
+            (handles[name],) = axis.plot(line["x"], line["value"], color=colour, marker=marker, linestyle=dash)
+            if "limit" in line:
+                dots = {"color": colour, "linewidth": 1, "linestyle": (0, (1, 3))}
+                (handles["bytes alone (dots)"],) = axis.plot(line["x"], line["limit"], **dots)
+        if level is not None:
+            handles["no gain"] = axis.axhline(level, color="black", linewidth=1, linestyle=":")
+        if "mark" in part and part["mark"].notna().any():
+            handles[mark] = axis.axhline(part["mark"].dropna().iloc[0], color="#666666", linewidth=1.5, linestyle="--")
+        _speed_axis(axis, sorted(set(part["x"])), doubling)
+        axis.set(title=title.strip(), xlabel=xlabel)
+        if "ylabel" in part or place % columns == 0:
+            axis.set_ylabel(part["ylabel"].iloc[0] if "ylabel" in part else ylabel)
+    for axis in axes.flat[len(titles) :]:
+        axis.axis("off")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)))
+    return figure
+
+
+def _series_looks(points: pd.DataFrame) -> dict[str, tuple]:
+    """Colour, marker and dashes by series: its own `look`, else in order of appearance."""
+    known = LOOK | BASELINE_LOOKS
+    looks = dict(zip(points["series"], points["look"], strict=True)) if "look" in points else {}
+    cycle = {name: tuple(x[i % len(x)] for x in (CYCLE, MARKERS, DASHES))
+             for i, name in enumerate(dict.fromkeys(points["series"]))}  # fmt: skip
+    return {name: known.get(looks.get(name), look) for name, look in cycle.items()}
+
+
+def _speed_axis(axis: Axes, ticks: Sequence[float], doubling: bool) -> None:
+    if doubling:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
+        axis.xaxis.set_minor_locator(NullLocator())
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(0, low), high + 0.05 * (high - min(0, low)))
+
+
+@styled
+def pareto(points: pd.DataFrame) -> Figure:
+    """Loss against speed: a panel per pair of a speed's shape and a quality's model, a line per method by sparsity.
+
+    points: columns panel, method, sparsity, speed (times dense), loss (nats per token), front. Ringed: on the front.
+    """
+    titles = list(dict.fromkeys(points["panel"]))
+    figure, axes = panels(1, len(titles), max(3.6, 10.4 / max(2, len(titles))), 3.6)
+    looks = _looks(points["method"], "method")
+    for axis, title in zip(axes[0], titles, strict=True):
+        part = points[points["panel"] == title]
+        for place, (name, (colour, marker, dash)) in enumerate(looks.items()):
+            line = part[part["method"] == name].sort_values("sparsity")
+            axis.plot(line["speed"], line["loss"], color=colour, marker=marker, linestyle=dash,
+                      label=NAMES.get(name, name))  # fmt: skip
+            aside = dict(xytext=((6, -12), (-24, 7))[place % 2], textcoords="offset points", fontsize=7, color=colour)
+            for _, point in line.iterrows():
+                axis.annotate(f"{point['sparsity']:.0%}", (point["speed"], point["loss"]), **aside)
+        ring = dict(markersize=11, fillstyle="none", color="black", label="on the front")
+        axis.plot(part.loc[part["front"], "speed"], part.loc[part["front"], "loss"], "o", **ring)
+        axis.axvline(1, color="black", linewidth=1, linestyle=":", label="as fast as dense")
+        axis.set(title=title, xlabel="dense time over ours\n(same engine, one text)")
+        axis.set_yscale("symlog", linthresh=0.01)
+        axis.set_ylim(min(-0.004, 1.5 * part["loss"].min()), 3 * max(0.01, part["loss"].max()))
+        axis.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("loss added to the dense model\n(nats per token, held-out text)")
+    _legend_below(figure, axes[0, 0], "percent: model-level sparsity")
     return figure

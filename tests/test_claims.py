@@ -98,8 +98,8 @@ def test_random_weights_measure_speed_only(tmp_path):
     frame = table(dict(value=0.012, low=0.004, high=0.02))
     write(tmp_path, "h200", "table-3", frame)
     write(tmp_path, "tiny", "table-3", frame.assign(model="random:llama-2-7b"))
-    speed = dict(method="r-sparse", against="dense", baseline="hf-eager", dtype="float32", sparsity=0.5,
-                 metric="speed_gain", model="random:llama-2-7b", shape="llama-2-7b")
+    speed = dict(method="r-sparse", against="dense", baseline="hf-eager", dtype="float32", sparsity=0.5, prompt=2048,
+                 batch=1, layers=0, metric="speed_gain", model="random:llama-2-7b", shape="llama-2-7b")
     write(tmp_path, "h200", "figure-6", pd.DataFrame([{**speed, "generation": g, "value": v}
                                                       for g, v in ((128, 0.45), (2048, 0.3))]))
     assert verdict(tmp_path, "rank-path-accuracy", "h200").verdict == "not measured"

@@ -138,6 +138,8 @@ def parameters(name: str, checkpoint: Path, **more) -> dict:
         wanted |= {"shapes": [[48, 48]], "sparsity": 0.5}
     if name == "teal":
         wanted |= {"context": 32}
+    if name == "figure-6":
+        wanted |= {"decoded": str(checkpoint), "layers": 0, "prompt": 4, "new": 4, "repeats": 1}
     if name == "kernels":  # the smallest linear there is
         wanted |= {"shape": "llama-3-8b", "linears": ["o"], "repeats": 2, "rounds": 1}
     return {key: value for key, value in wanted.items() if key in parameters_of(SOURCES[name])}

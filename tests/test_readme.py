@@ -1,13 +1,28 @@
-"""The README's library example runs as it stands there."""
+"""The README's library examples run as they stand there."""
 
 import re
 
 from rsparse.paths import ROOT
 
+EXAMPLE = re.compile(r"    import rsparse\n(?:(?:    .*)?\n)+")
+
+
+def example(number: int) -> str:
+    indented = EXAMPLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))[number]
+    return "".join(line.removeprefix("    ") for line in indented.splitlines(keepends=True))
+
 
 def test_the_library_example_runs(capsys):
-    indented = re.search(r"    import rsparse\n(?:(?:    .*)?\n)+", (ROOT / "README.md").read_text(encoding="utf-8"))
-    code = "".join(line.removeprefix("    ") for line in indented.group().splitlines(keepends=True))
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(example(0), "README.md", "exec"), {})
     dense, sparse = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines())
     assert dense < sparse < 1.2 * dense
+
+
+def test_the_decoding_example_runs_in_ten_lines(capsys):
+    code = example(1)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    text = capsys.readouterr().out
+    assert text.startswith("The old teacher walked to the") and len(text.split()) > 12
+    assert names["decode"].engine_of(names["model"]).linears.startswith("kernels"), "decoded by the sparse kernels"

@@ -1,0 +1,56 @@
+"""How fast a model decodes here: `bench_decode.measure`, one run per dtype, as rows of a result table.
+
+Times are of one machine, which is why its name is part of every key: another one measures anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rsparse.bench_decode import measure as bench
+from rsparse.bench_decode.measure import Plan
+from rsparse.exhibits.decode_rows import flat, table_rows
+from rsparse.paths import ROOT
+from rsparse.provenance import device_name
+from rsparse.results import Table
+
+
+def plans(decoded: str, dtypes: Sequence[str], layers: int, **options) -> list[Plan]:
+    """A plan per dtype; none where `decoded`, a model's name, is "". layers: 0 for all. options: of `Plan`.
+
+    Raises ValueError for what `Plan` refuses, before anything is measured.
+    """
+    options |= {name: tuple(options[name]) for name in ("methods", "baselines")}
+    return [Plan(decoded, dtype, layers=layers or None, **options) for dtype in dtypes if decoded]
+
+
+def measure(table: Table, plan: Plan) -> None:
+    """The rows of one plan. What the table holds already is not repeated."""
+    key = {"what": "decode", "machine": device_name(plan.device), **_plain(plan)}
+    if table.find(key) is not None:
+        return
+    started = time.monotonic()
+    found = flat(bench.measure(plan))
+    costs = [{"what": "decode", "seconds": time.monotonic() - started, "tokens": 0}]
+    table.add(key, table_rows(found, plan.seed), costs=costs)
+
+
+def take(table: Table, folder: str | Path) -> None:
+    """Published files of `python -m rsparse bench-decode` below `folder` (relative to the checkout) as rows too: for a
+    preset that stands for the machines on which these were measured, and whose claims are judged by them."""
+    for path in sorted((ROOT / folder).rglob("*.json")):
+        content = path.read_bytes()
+        key = {"what": "decode, published", "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+        if table.find(key) is None:
+            document = json.loads(content)
+            table.add(key, table_rows(flat(document), document["seed"]))
+
+
+def _plain(plan: Plan) -> dict:
+    """Of a plan, what JSON gives back as it was."""
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(plan).items()}
