@@ -115,9 +115,10 @@ def layers_range(row: dict[str, Any] | pd.Series, dense: dict[str, Any] | pd.Ser
 
 
 def wide(rows: pd.DataFrame) -> pd.DataFrame:
-    """Flat rows again, of a result table; without ratios."""
-    own = rows[rows["task"] == "decode"] if "task" in rows else rows
-    found = []
+    """Flat rows again, of a result table; without ratios. Empty, with its columns, of an empty one."""
+    own, found = rows[rows["task"] == "decode"], []
+    if own.empty:
+        return pd.DataFrame(columns=PLACE)
     for _, part in own.assign(model=own["shape"]).groupby(PLACE, sort=False, dropna=False):
         first = part.iloc[0]
         lengths = part["generation"] if "generation" in part else pd.Series(math.nan, part.index)
