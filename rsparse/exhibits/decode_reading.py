@@ -1,24 +1,21 @@
 """What timings of decoding say: against length, sparsity, batch, and part by part.
 
-A frame holds flat rows, see `decode_rows`: of the files that `python -m rsparse bench-decode` left (`published`), or of
-a run's own table (`decode_rows.wide`). Needs no torch. Ratios are the other's time over ours: above 1, ours is faster.
+A frame holds flat rows: of the files that `python -m rsparse bench-decode` left (`decode_rows.published`), or of a
+run's own table (`decode_rows.wide`). Needs no torch. Ratios are the other's time over ours: above 1, ours is faster.
 Functions that choose return an empty frame where nothing was measured; `absent` puts that into words.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from rsparse import paper
 from rsparse.exhibits.comparison_reading import NAMES
-from rsparse.exhibits.decode_rows import BASELINES, PLACE, SETTING, flat, is_speed
+from rsparse.exhibits.decode_rows import BASELINES, SETTING, is_speed
 from rsparse.exhibits.gains import listed
-from rsparse.paths import ROOT
 
 HALF = 0.5
 LINE = 3
@@ -31,17 +28,6 @@ PARTS = {"qkv": "qkv", "attention": "attention", "out": "o", "gated": "gate+up",
 """Parts of a step by their names in the files, in the order of a block."""
 DTYPES = ("float32", "bfloat16", "float16")
 TEAL_SPARSITIES = (0.0, 0.25, 0.4, 0.5)
-
-
-def published(folder: str | Path) -> pd.DataFrame:
-    """All rows in the JSON files below `folder` (relative to the checkout), files in order of their dates; the later
-    one of two timings of the same counts. Empty, with its columns, where there is no file."""
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.json"))]
-    documents.sort(key=lambda x: x["date"])
-    found = pd.DataFrame([row for document in documents for row in flat(document)])
-    if found.empty:
-        return pd.DataFrame(columns=[*PLACE, "date", "step_s"])
-    return found.drop_duplicates([*SETTING, "name", "sparsity", "rho"], keep="last", ignore_index=True)
 
 
 def speeds(frame: pd.DataFrame) -> pd.DataFrame:

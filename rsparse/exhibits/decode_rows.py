@@ -6,11 +6,15 @@ Needs no torch. A flat row holds the fields of one row of a document, nested one
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from rsparse.paths import ROOT
 
 Document = dict[str, Any]
 BASELINES = ("dense", "hf-eager", "hf-static-compiled")
@@ -37,6 +41,17 @@ def flat(document: Document) -> list[dict[str, Any]]:
     return [run | _fields(row) for row in document["rows"]]
 
 
+def published(folder: str | Path) -> pd.DataFrame:
+    """Flat rows of the JSON files below `folder` (relative to the checkout), files in order of their dates; the later
+    one of two timings of the same counts. Empty, with its columns, where there is no file."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.json"))]
+    documents.sort(key=lambda x: x["date"])
+    found = pd.DataFrame([row for document in documents for row in flat(document)])
+    if found.empty:
+        return pd.DataFrame(columns=[*PLACE, "date", "step_s"])
+    return found.drop_duplicates([*SETTING, "name", "sparsity", "rho"], keep="last", ignore_index=True)
+
+
 def _fields(row: dict[str, Any]) -> dict[str, Any]:
     found = {"sparsity": row.get("asked") or 0.0}
     for name, value in row.items():
@@ -61,10 +76,18 @@ def layers_s(row: dict[str, Any] | pd.Series, step: str = "step_s") -> float:
 
 
 def table_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """A tidy row per number of the flat `rows` of one document, and per ratio to a baseline of the same document."""
-    numbers = [tidy for row in rows for tidy in _numbers(row, seed)]
-    return numbers + [tidy for row in rows if row["name"] not in BASELINES and is_speed(row)
-                      for tidy in _ratios(row, rows, seed)]  # fmt: skip
+    """A tidy row per number of the flat `rows`, and those of `ratio_rows`."""
+    return [tidy for row in rows for tidy in _numbers(row, seed)] + ratio_rows(rows, seed)
+
+
+def ratio_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """A tidy row per ratio of a method's speed to a baseline in the same setting."""
+    return [tidy for row in rows if row["name"] not in BASELINES and is_speed(row)
+            for tidy in _ratios(row, [x for x in rows if _same_setting(x, row)], seed)]  # fmt: skip
+
+
+def _same_setting(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in SETTING)
 
 
 def _base(row: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -98,7 +121,7 @@ def _ratios(row: dict[str, Any], rows: Sequence[dict[str, Any]], seed: int) -> l
         base = _base(row, seed) | {"task": "generation", "against": "dense", "baseline": other["name"]}
         for name in row:
             metric, _, length = name.partition(".")
-            if metric == "tokens_per_s" and name in other:
+            if metric == "tokens_per_s" and not math.isnan(row[name] + other.get(name, math.nan)):
                 ratio, at = row[name] / other[name], {"generation": int(length)}
                 found += [base | at | {"metric": "speedup", "value": ratio},
                           base | at | {"metric": "speed_gain", "value": ratio - 1}]  # fmt: skip
@@ -115,9 +138,10 @@ def layers_range(row: dict[str, Any] | pd.Series, dense: dict[str, Any] | pd.Ser
 
 
 def wide(rows: pd.DataFrame) -> pd.DataFrame:
-    """Flat rows again, of a result table; without ratios."""
-    own = rows[rows["task"] == "decode"] if "task" in rows else rows
-    found = []
+    """Flat rows again, of a result table; without ratios. Empty, with its columns, of an empty one."""
+    own, found = rows[rows["task"] == "decode"], []
+    if own.empty:
+        return pd.DataFrame(columns=PLACE)
     for _, part in own.assign(model=own["shape"]).groupby(PLACE, sort=False, dropna=False):
         first = part.iloc[0]
         lengths = part["generation"] if "generation" in part else pd.Series(math.nan, part.index)

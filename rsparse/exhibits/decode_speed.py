@@ -6,7 +6,6 @@ Times are of one machine, which is why its name is part of every key: another on
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from rsparse.bench_decode import measure as bench
 from rsparse.bench_decode.measure import Plan
-from rsparse.exhibits.decode_rows import flat, table_rows
+from rsparse.exhibits.decode_rows import flat, published, ratio_rows, table_rows
 from rsparse.paths import ROOT
 from rsparse.provenance import device_name
 from rsparse.results import Table
@@ -40,15 +39,13 @@ def measure(table: Table, plan: Plan) -> None:
     table.add(key, table_rows(found, plan.seed), costs=costs)
 
 
-def take(table: Table, folder: str | Path) -> None:
-    """Published files of `python -m rsparse bench-decode` below `folder` (relative to the checkout) as rows too: for a
-    preset that stands for the machines on which these were measured, and whose claims are judged by them."""
-    for path in sorted((ROOT / folder).rglob("*.json")):
-        content = path.read_bytes()
-        key = {"what": "decode, published", "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-        if table.find(key) is None:
-            document = json.loads(content)
-            table.add(key, table_rows(flat(document), document["seed"]))
+def take(table: Table, folder: str | Path, seed: int = 0) -> None:
+    """The ratios of what `python -m rsparse bench-decode` left below `folder` (relative to the checkout) as rows too:
+    for a preset that stands for the machines on which these were timed, and whose claims are judged by them."""
+    content = b"".join(path.read_bytes() for path in sorted((ROOT / folder).rglob("*.json")))
+    key = {"what": "decode, published", "sha256": hashlib.sha256(content).hexdigest(), "seed": seed}
+    if table.find(key) is None:
+        table.add(key, ratio_rows(published(folder).to_dict("records"), seed))
 
 
 def _plain(plan: Plan) -> dict:
