@@ -105,6 +105,7 @@ def compare_factors(study: Study, plan: Plan) -> None:
         for rho in sorted({*plan.whitened_rhos, plan.rho}):
             plain = Setting("r-sparse", sparsity, rho, threshold=plan.threshold)
             made, whole = replace(plain, factors="whitened"), rho == plan.rho
+            paired.of(study, made).measure(plan.seeds, tasks=whole)  # its rows, where the differences are known already
             for other, label in ((plain, "svd"), (teal, "rho=1")):
                 arms = (paired.of(study, setting) for setting in (made, other))
                 paired.add_differences(*arms, plan.seeds, label, tasks=whole)
