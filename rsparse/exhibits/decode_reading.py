@@ -7,7 +7,7 @@ Functions that choose return an empty frame where nothing was measured; `absent`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from rsparse import paper
 from rsparse.exhibits.comparison_reading import NAMES
 from rsparse.exhibits.decode_rows import BASELINES, SETTING, is_speed
 from rsparse.exhibits.gains import listed
+from rsparse.exhibits.kernel_reading import devices
 
 HALF = 0.5
 LINE = 3
@@ -45,15 +46,6 @@ def at(frame: pd.DataFrame, **where) -> pd.DataFrame:
     for column, value in where.items():
         frame = frame[frame[column] == value]
     return frame
-
-
-def devices(
-    frame: pd.DataFrame, choose: Callable[[pd.DataFrame], pd.DataFrame]
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Device by device, what `choose` takes of its rows; nothing of a device where that is empty."""
-    for device, own in frame.groupby("device", sort=False):
-        if len(chosen := choose(own)):
-            yield device, chosen
 
 
 def absent(frame: pd.DataFrame, choose: Callable[[pd.DataFrame], pd.DataFrame], what: str) -> str:
