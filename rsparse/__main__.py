@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--score", help="magnitude (default) or column-norm")
     bench.add_argument("--recipe", help="a recipe file, for r-sparse")
     bench.add_argument("--text", help="of a checkpoint: calibration and prompts (default: c4; tiny's own)")
-    bench.add_argument("--dtype", help="default: bfloat16")
+    bench.add_argument("--dtype", help="of the weights: float64, float32, bfloat16 (default), float16 or int4")
     bench.add_argument("--device", help="default: cuda")
     bench.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None,
                        help="torch.compile what lies between our engine's products (default: yes)")  # fmt: skip

@@ -18,7 +18,7 @@ from rsparse.bench_decode.traffic import Traffic, read_shares
 from rsparse.decode import generate
 from rsparse.models import random_model, shape_config
 
-SIZES = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+SIZES = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=131, max_position_embeddings=256)  # fmt: skip
 
 
@@ -165,7 +165,8 @@ REFUSED = {
     "new": (["--new", "1"], "new is 1; expected at least 2"),
     "length": (["--new", "250"], "the model's positions"),
     "batch": (["--batch", "17"], "the batch has 17 rows; expected at most 16"),
-    "dtype": (["--dtype", "int4"], "dtype is 'int4'; expected one of"),
+    "dtype": (["--dtype", "int8"], "dtype is 'int8'; expected one of float64, .*, int4"),
+    "int4": (["--dtype", "int4"], "device 'cpu'; expected 1 and a GPU for int4"),
     "device": (["--device", "abacus"], "device is 'abacus'"),
     "both": (["--model", "tiny"], "give --shape for random weights, or --model for a checkpoint"),
 }
@@ -195,3 +196,15 @@ def test_a_killed_run_leaves_the_rows_so_far(small, tmp_path, monkeypatch):
         measure.measure(plan, path)
     assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["hf-eager"]
     assert not any(math.isnan(x) for x in json.loads(path.read_text())["rows"][0]["tokens_per_s"].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no INT4 kernel")
+def test_int4_on_a_gpu(small):
+    """Baselines on 16-bit weights, ours on words, at INT4's bytes."""
+    sizes = dict(prompt=20, new=20, repeats=1, baselines=("hf-eager",), methods=("dense", "r-sparse"))
+    eager, dense, sparse = measure.measure(Plan("random:llama-3-8b", "int4", **sizes))["rows"]
+    assert eager["dtype"] == "bfloat16" and "dtype" not in dense
+    assert dense["linears"] == sparse["linears"] == "kernels: triton, INT4"
+    assert 3.5 < eager["bytes"]["decoder"] / dense["bytes"]["decoder"] < 4
+    assert sparse["bytes"]["decoder"] == pytest.approx(dense["bytes"]["decoder"] / 2, rel=0.05)
+    assert "INT4" not in eager["linears"] and "Configuration" in sparse["configurations"]["qkv"]

@@ -9,10 +9,11 @@ import rsparse
 from decoding import error, every_style, their_logits, theirs
 from kernels import packing
 from kernels.operations import Gemv
+from rsparse import int4
 from rsparse.apply import counting
 from rsparse.bench_decode.parts import step_parts
-from rsparse.decode import Engine, generate, reference, stream
-from rsparse.decode.gathering import Gathering, unsupported, view_of
+from rsparse.decode import Engine, gathering, generate, reference, stream
+from rsparse.decode.gathering import Gathering, OneRow, unsupported, view_of
 from rsparse.decode.projections import Fused
 from rsparse.methods import METHODS
 
@@ -167,3 +168,31 @@ def test_weights_are_laid_out_again(build, ids):
     assert model.model.layers[0].mlp.gate_proj.weight.is_contiguous()
     rsparse.restore(model)
     assert generate(model, ids, 20, stop=()).equal(theirs(model, ids, 20))
+
+
+# INT4
+
+
+@pytest.mark.parametrize("name", ["dense", "r-sparse", "teal"])
+def test_int4_words(build, ids, monkeypatch, name):
+    """On a GPU's layout of words: one token by them, several rows and the prompt by the numbers they stand for."""
+    model = build("float32", hidden_size=128, intermediate_size=256, num_key_value_heads=4)
+    int4.hang(model, lambda linear: int4.nearest(linear.module.weight))
+    if name != "dense":
+        rsparse.sparsify(model, name, 0.5, rho=0.8, calibration=ids, tokens="decode")
+    monkeypatch.setattr(gathering, "_words", lambda x: isinstance(gathering._own(x), int4.Int4Linear))
+    expected = their_logits(model, ids, 20)
+    engine = Engine(model)
+    assert engine.linears == "kernels: cpu, INT4"
+    step = engine.decoder.blocks[0].step
+    slots = [step.qkv, step.out, step.gated, step.down]
+    assert all(isinstance(x, OneRow) and x.kernel.packed.table.dtype == torch.int32 for x in slots)
+    for rows in (1, 3):
+        assert error(engine.logits(ids[:rows], 20), expected[:rows]) < 2e-5, rows
+
+
+def test_int4_neurons_have_no_kernel(build, ids):
+    model = build("float32", hidden_size=128, intermediate_size=256, num_key_value_heads=4)
+    int4.hang(model, lambda linear: int4.nearest(linear.module.weight))
+    rsparse.sparsify(model, "cats", 0.2, calibration=ids, tokens="decode")
+    assert "is a SparseActivation of INT4 weights" in unsupported(model)

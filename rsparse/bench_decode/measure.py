@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import rsparse
 from kernels import timing
-from rsparse import models, planning, texts
+from rsparse import int4, models, planning, texts
 from rsparse.accounting import check_sparsity
 from rsparse.bench_decode import baselines
 from rsparse.bench_decode.arrivals import Arrivals, repeated, summary, timed
@@ -35,13 +35,17 @@ from rsparse.provenance import (
 )
 from rsparse.recipe import Recipe
 
+INT4 = "int4"
+"""The dtype of a plan whose weights are INT4, in groups of 128 and rounded to nearest, and whose activations are
+bfloat16. Hugging Face's baselines have no INT4 kernel: they run before, on bfloat16 weights."""
 CALIBRATION = (4, 512)
 """Samples and length of the text, or random tokens, from which thresholds start."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. model: a name that models.load_model takes; layers: of random weights, None for all.
+    """What is measured. model: a name that models.load_model takes; layers: of random weights, None for all. dtype: of
+    the weights, one of models.DTYPES or INT4.
 
     methods: names in METHODS, or name@sparsity where it is not the plan's. sparsity, rho, score, recipe: as `sparsify`
     takes them. text: of real checkpoints, for calibration and prompts. ValueError for a value that is not allowed.
@@ -67,10 +71,17 @@ class Plan:
 
     def __post_init__(self) -> None:
         named = [name for name, _ in self.asked]
-        for what, chosen, known in (("method", named, rsparse.METHODS), ("baseline", self.baselines, BASELINES)):
+        known_dtypes = (*models.DTYPES, INT4)
+        for what, chosen, known in (
+            ("method", named, rsparse.METHODS), ("baseline", self.baselines, BASELINES),
+            ("dtype", [self.dtype], known_dtypes),
+        ):  # fmt: skip
             for value in chosen:
                 if value not in known:
                     raise ValueError(f"{what} is {value!r}; expected one of {', '.join(known)}")
+        if self.dtype == INT4 and (self.batch > 1 or not self.device.startswith("cuda")):
+            raise ValueError(f"batch is {self.batch} and device {self.device!r}; expected 1 and a GPU for {INT4}, whose "
+                             "kernel takes one token there")  # fmt: skip
         for name, least in (("new", 2), ("prompt", 1), ("batch", 1), ("repeats", 1), ("layers", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
@@ -80,6 +91,11 @@ class Plan:
     @property
     def random(self) -> bool:
         return self.model.startswith("random:")
+
+    @property
+    def loaded(self) -> str:
+        """The dtype that weights are loaded in, and activations have."""
+        return "bfloat16" if self.dtype == INT4 else self.dtype
 
     @property
     def asked(self) -> list[tuple[str, float]]:
@@ -100,7 +116,7 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
     """Figures of `plan`, one row after another; `path` is written after each, atomically. Seconds, bytes, and tokens
     per second of one row of the batch.
 
-    linears, of a row: what computed the products, see `Engine`. "reference" reads every weight, whatever its bytes say:
+    dtype, of a baseline's row: of its weights, see INT4. linears, of a row: what computed the products, see `Engine`. "reference" reads every weight, whatever its bytes say:
     such a row is a sparse method's sparsity and its bytes, not its speed.
 
     Raises ValueError, before weights are loaded, for a model, dtype or device that is not there.
@@ -131,8 +147,11 @@ def _rows(
         reset_peak_memory(plan.device)
         runs = repeated(lambda name=name: baselines.run(model, name, ids, plan.new), plan.repeats)
         theirs = runs[0].tokens if name == "hf-eager" else theirs
-        yield _row(name, "hugging face", runs, _traffic(plan, model), bandwidth, plan) | {"linears": "dense"}
+        yield _row(name, "hugging face", runs, _traffic(plan, model), bandwidth, plan) | {
+            "linears": "dense", "dtype": plan.loaded}  # fmt: skip
         baselines.forget_compiled()
+    if plan.dtype == INT4:
+        int4.hang(model, lambda linear: int4.nearest(linear.module.weight))
     for method, sparsity in plan.asked:
         about, read = _sparsify(plan, model, method, sparsity, steps, calibration)
         reset_peak_memory(plan.device)
@@ -216,13 +235,11 @@ def _share_equal(found: Tensor, expected: Tensor) -> float:
 
 def _load(plan: Plan) -> nn.Module:
     if plan.layers is None:
-        return models.load_model(plan.model, plan.dtype, plan.device, seed=plan.seed)
-    if plan.dtype not in models.DTYPES:
-        raise ValueError(f"dtype is {plan.dtype!r}; expected one of {', '.join(models.DTYPES)}")
+        return models.load_model(plan.model, plan.loaded, plan.device, seed=plan.seed)
     models.check_device(plan.device)
     models.cap_gpu_memory(plan.device)
     config = models.shape_config(plan.model.removeprefix("random:"), num_hidden_layers=plan.layers)
-    return models.random_model(config, plan.dtype, plan.device, plan.seed)
+    return models.random_model(config, plan.loaded, plan.device, plan.seed)
 
 
 def _texts(plan: Plan, model: nn.Module) -> tuple[Tensor, Steps, Tensor]:

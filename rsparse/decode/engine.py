@@ -17,7 +17,7 @@ from rsparse.calibrate import check_ids
 from rsparse.decode import projections
 from rsparse.decode.architecture import Architecture, check_weights, pad_id, stop_ids
 from rsparse.decode.decoder import Decoder
-from rsparse.decode.gathering import Gathering, unsupported
+from rsparse.decode.gathering import Gathering, has_words, unsupported
 from rsparse.decode.projections import Builder
 from rsparse.decode.sampling import GREEDY, Sampling
 from rsparse.decode.steps import CHUNK, Steps
@@ -33,7 +33,8 @@ class Engine:
 
     cache_length: positions of the cache; None lets it grow with what is asked. builder: what computes the products of
     a block, see rsparse.decode.projections; None takes fused dense products for a dense model, the kernels for a sparse
-    one, and the evaluation's modules for what the kernels do not compute: `linears` says which, and why. graphs: replay
+    one and, on a GPU, for INT4 weights, and the evaluation's modules for what the kernels do not compute: `linears` says
+    which, and why. graphs: replay
     steps as CUDA graphs; None does where there is a GPU. compiled: fuse what lies between dense products with
     torch.compile. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK with graphs, and one for all
     without.
@@ -277,11 +278,12 @@ def _until(tokens: Iterator[Tensor], stop: Sequence[int], pad: int | None) -> It
 
 def _builder(model: nn.Module, sparse: bool) -> tuple[Builder, str]:
     """What computes the products of `model`, and what to say of it."""
-    if not sparse:
+    if not sparse and not has_words(model):
         return projections.dense, "fused"
     if reason := unsupported(model):
         return projections.reference, f"reference: {reason}"
-    return Gathering(model), f"kernels: {'triton' if model.model.embed_tokens.weight.is_cuda else 'cpu'}"
+    where = "triton" if model.model.embed_tokens.weight.is_cuda else "cpu"
+    return Gathering(model), f"kernels: {where}{', INT4' * has_words(model)}"
 
 
 def _places(model: nn.Module) -> tuple:

@@ -3,7 +3,8 @@
 Weights move into the kernels' tables once, layer by layer. On a GPU the model's own parameters, and the low-rank
 factors, become views of the tables: the model is held once, and goes on computing what it did, up to the order in
 which a product of a transposed weight adds up. A CPU's tables are cut into chunks, which no parameter can be a view of:
-there the sparse linears are held twice.
+there the sparse linears are held twice. INT4 weights go into tables of words beside the numbers that they stand for,
+which compute the prompt; a CPU has no kernel for words, and computes with those numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kernels.packing import Packed, Segment
 from rsparse.apply import masks_of
 from rsparse.decode import projections
 from rsparse.decode.projections import Added, Fused, FusedGate, Normed, Projections
+from rsparse.int4 import Int4Linear
 from rsparse.linears import Masked, SparseLinear
 from rsparse.neurons import SparseActivation
 from rsparse.prompted import PromptedLinear
@@ -41,12 +43,15 @@ def unsupported(model: nn.Module) -> str | None:
         return f"there is no kernel on {weight.device}"
     if (act := model.config.hidden_act) not in ("silu", "swish"):
         return f"the activation is {act}"
-    reasons = (_unsupported(place.name, module) for place, module in masks_of(model).values())
+    int4 = any(isinstance(x, Int4Linear) for x in model.modules())
+    reasons = (_unsupported(place.name, module, int4) for place, module in masks_of(model).values())
     return next((x for x in reasons if x), None)
 
 
-def _unsupported(name: str, module: Masked) -> str | None:
+def _unsupported(name: str, module: Masked, int4: bool) -> str | None:
     kind = type(module)
+    if int4 and kind is not SparseLinear:
+        return f"{name} is a {kind.__name__} of INT4 weights"
     if kind is PromptedLinear:
         return None if name.endswith("mlp.down_proj") else f"the prompt chooses channels of {name}"
     if kind is SparseActivation and (module.function is not module.dense or module.norms is not None):
@@ -76,19 +81,19 @@ class Gathering:
         as_hung, _ = projections.reference(layer)
         qkv = self._product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, as_hung.qkv)
         out = self._product([attention.o_proj], None, as_hung.out)
-        self._stream = out[1] if isinstance(out[1], Gemv) else None
+        self._stream = _always(out[1])
         gated, down = self._mlp(mlp, layer.post_attention_layernorm, as_hung)
-        self._stream = down[1] if isinstance(down[1], Gemv) else None
+        self._stream = _always(down[1])
         slots = dict(qkv=qkv, out=out, gated=gated, down=down)
         return tuple(Projections(**{name: pair[i] for name, pair in slots.items()}) for i in (0, 1))
 
     def _product(self, linears: Sequence[nn.Module], norm: nn.Module | None, as_hung: nn.Module) -> tuple:
         """Of linears that read one x, for the prompt and for a token; with a norm in front, or added to the residual
-        stream. Dense linears alone stay one dense product."""
-        if not any(isinstance(x, Masked) for x in linears):
+        stream. Dense linears alone stay one dense product, unless they are words."""
+        if not any(isinstance(x, Masked) or _words(x) for x in linears):
             fused = Normed(norm, Fused(linears)) if norm is not None else Added(linears[0])
             return fused, fused
-        return as_hung, self._gemv(linears, norm)
+        return as_hung, self._gemv(linears, norm, as_hung)
 
     def _mlp(self, mlp: nn.Module, norm: nn.Module, as_hung: Projections) -> tuple[tuple, tuple]:
         """The MLP's two slots, each for the prompt and for a token."""
@@ -101,19 +106,22 @@ class Gathering:
             token = Neurons(as_rows(gate), as_rows(up), chosen=chosen, norm=_front(norm))
             fewer = OneRow(token, as_hung.gated), OneRow(self._of_zeros(down), as_hung.down)
             return (as_hung.gated, fewer[0]), (Choosing(down, chosen), fewer[1])
-        if not any(isinstance(x, Masked) for x in (gate, up)):
+        if not any(isinstance(x, Masked) or _words(x) for x in (gate, up)):
             gated = Normed(norm, FusedGate(gate, up, act))
             return (gated, gated), self._product([down], None, as_hung.down)
-        return (as_hung.gated, self._gemv([gate, up], norm, gated=True)), self._product([down], None, as_hung.down)
+        token = self._gemv([gate, up], norm, as_hung.gated, gated=True)
+        return (as_hung.gated, token), self._product([down], None, as_hung.down)
 
     def _of_zeros(self, down: nn.Module) -> Gemv:
         """Reads the columns of the neurons that are not 0."""
         segment = Segment(down.weight, 0.0, bias=down.bias)
         return self._packed([down], [segment], [down.weight.shape[1] / 2], None, False)
 
-    def _gemv(self, linears: Sequence[nn.Module], norm: nn.Module | None, gated: bool = False) -> Gemv:
+    def _gemv(self, linears: Sequence[nn.Module], norm: nn.Module | None, as_hung: nn.Module, gated: bool = False):
+        """The kernel; of words, which it takes for one token alone, beside the modules as they hang."""
         kept = [x.split.kept if isinstance(x, Masked) else x.weight.shape[1] for x in linears]
-        return self._packed(linears, [_segment(x) for x in linears], kept, norm, gated)
+        made = self._packed(linears, [_segment(x) for x in linears], kept, norm, gated)
+        return made if made.packed.scales is None else OneRow(made, as_hung)
 
     def _packed(self, linears, segments: Sequence[Segment], kept: Sequence[float], norm, gated: bool) -> Gemv:
         """kept: channels that each linear is expected to read."""
@@ -153,16 +161,29 @@ class OneRow(nn.Module):
         super().__init__()
         self.kernel, self.as_hung = kernel, as_hung
 
+    @property
+    def configuration(self):
+        """Of the kernel, where it has one."""
+        return getattr(self.kernel, "configuration", None)
+
     def forward(self, *x: Tensor) -> Tensor:
         return self.kernel(*x) if len(x[0]) == 1 else self.as_hung(*x)
 
 
+def _always(token: nn.Module) -> Gemv | None:
+    """The kernel behind `token`, if whatever comes next is a kernel for as many rows as it is."""
+    kernel = token.kernel if isinstance(token, OneRow) else token
+    words = isinstance(kernel, Gemv) and kernel.packed.scales is not None
+    return kernel if isinstance(kernel, Gemv) and (words or kernel is token) else None
+
+
 @torch.no_grad()
 def view_of(packed: Packed, linears: Sequence[nn.Module]) -> None:
-    """Let the weights and factors of `linears` be views of the GPU table that was packed from them."""
+    """Let the weights, but for words, and factors of `linears` be views of the GPU table that was packed from them."""
     for i, linear in enumerate(linears):
         begin, m = sum(packed.padded[:i]), packed.widths[i]
-        linear.weight.data = packing.weights(packed, i).T
+        if packed.scales is None:
+            linear.weight.data = packing.weights(packed, i).T
         if getattr(linear, "A", None) is not None:
             rank = linear.A.shape[1]
             linear.A = packed.A[:rank, begin : begin + m].T
@@ -187,9 +208,25 @@ def _configuration(packed: Packed, gated: bool, shares: Sequence[float], front: 
 
 
 def _segment(linear: nn.Module) -> Segment:
+    weight = _own(linear).quantized(linear.weight.dtype) if _words(linear) else linear.weight
     if not isinstance(linear, Masked):
-        return Segment(linear.weight, float("-inf"), bias=linear.bias)
-    return Segment(linear.weight, _threshold(linear), linear.A, linear.B, linear.norms, linear.bias)
+        return Segment(weight, float("-inf"), bias=linear.bias)
+    return Segment(weight, _threshold(linear), linear.A, linear.B, linear.norms, linear.bias)
+
+
+def has_words(model: nn.Module) -> bool:
+    """Whether the INT4 weights of `model` are where a kernel reads them as they are stored."""
+    return any(_words(x) for x in model.modules() if isinstance(x, Int4Linear))
+
+
+def _own(linear: nn.Module) -> nn.Module:
+    """The linear behind its mask."""
+    return linear.dense if isinstance(linear, Masked) else linear
+
+
+def _words(linear: nn.Module) -> bool:
+    """Whether a kernel reads its INT4 words."""
+    return isinstance(_own(linear), Int4Linear) and linear.weight.is_cuda
 
 
 def _threshold(module: Masked) -> float:

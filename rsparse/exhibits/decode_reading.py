@@ -27,7 +27,7 @@ METHODS = ("teal", "r-sparse", "cats", "griffin")
 PARTS = {"qkv": "qkv", "attention": "attention", "out": "o", "gated": "gate+up", "down": "down", "head": "head",
          "left": "left over"}  # fmt: skip
 """Parts of a step by their names in the files, in the order of a block."""
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int4")
 TEAL_SPARSITIES = (0.0, 0.25, 0.4, 0.5)
 
 
