@@ -174,8 +174,8 @@ def _sparse_path(
     else:
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
         if INT4:
-            tiles.int4(x, table, scales, front, scale, own, threshold, start, end, m, block, entries, out, ROWS, SUB,
-                       COLUMNS, NORMS, FRONT, INTERPRETED)  # fmt: skip
+            tiles.int4(x, table, scales, front, scale, own, threshold, start, end, m, block, entries, out, LISTED, ROWS,
+                       SUB, COLUMNS, NORMS, FRONT, INTERPRETED)  # fmt: skip
         elif LISTED:
             count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, 1, LIST, NORMS, FRONT)
             sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, COLUMNS, FRONT, INTERPRETED)
@@ -278,7 +278,7 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
     n, r, segments = packed.channels, packed.B.shape[1], len(packed.widths)
     columns = INT4_COLUMNS if int4 else configuration.columns
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)
-    listed = int4 or configuration.listed or tokens > 1
+    listed = configuration.listed or tokens > 1
     rank_rows = max(min(32, 2048 // columns), 16 if tokens > 1 else 1)
     return Grid(
         tokens, columns, -(-n // Z_STRETCH) if r else 0, segments * -(-r // Z_RANKS.value),

@@ -252,36 +252,72 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, entries, out,
+def list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS: tl.constexpr, NORMS: tl.constexpr,
+                FRONT: tl.constexpr):  # fmt: skip
+    """`list_kept` in tiles of ROWS entries, each of one group of 128 channels: what is left of a group's last tile is
+    -1. How many tiles there are; none is without a channel."""
+    tiles = 0
+    place = tl.arange(0, 128)
+    for begin in range(start, end, 128):
+        _, wanted = _sparse(x, front, scale, norms, threshold, begin + place, begin + place < end, NORMS, FRONT)
+        keep = wanted.to(tl.int32)
+        count = tl.sum(keep, axis=0)
+        own, whole = entries + tiles * ROWS, (count + ROWS - 1) // ROWS * ROWS
+        tl.store(own + tl.cumsum(keep, axis=0) - 1, begin + place, mask=wanted)
+        tl.store(own + place, tl.full((128,), -1, tl.int32), mask=(place >= count) & (place < whole))
+        tiles += whole // ROWS
+    tl.debug_barrier()
+    return tiles
+
+
+@triton.jit
+def _tile(x, front, scale, norms, threshold, entries, start, end, number, tiles, place, ROWS: tl.constexpr,
+          LISTED: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
+    """Channels of tile `number`, s(x) there, which of them are read, and the group that all are of."""
+    position = number * ROWS
+    if LISTED:
+        rows = tl.load(entries + position + place, mask=(number < tiles) & (place < ROWS), other=-1)
+        keep = rows >= 0
+        value = read(x, front, scale, rows, keep, FRONT)
+        first = tl.load(entries + position, mask=number < tiles, other=start)
+    else:
+        rows = start + position + place
+        value, keep = _sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
+        first = tl.minimum(start + position, end - 1)
+    return rows, tl.where(keep, value, 0.0), keep, first // 128
+
+
+@triton.jit
+def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, entries, out, LISTED: tl.constexpr,
          ROWS: tl.constexpr, SUB: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
          INTERPRETED: tl.constexpr):  # fmt: skip
-    """The sparse path of one token over INT4 weights, a list per group of 128 channels that share a step (its scale);
-    start is a multiple of 128. Stores its sums at `out`."""
+    """The sparse path of one token over INT4 weights, in tiles of channels of one group, which share their steps (their
+    scales); start is a multiple of 128. Stores its sums at `out`."""
     WORDS: tl.constexpr = COLUMNS // 8
     word_of = tl.arange(0, WORDS)
-    words = table + block * WORDS + word_of[None, None, :]
+    words, step_of = table + block * WORDS + word_of[None, None, :], steps + block * COLUMNS + word_of
     place = place_of(ROWS, SUB)
+    if LISTED:
+        tiles = list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS, NORMS, FRONT)
+    else:
+        tiles = (end - start + ROWS - 1) // ROWS
     total = _zeros(SUB, WORDS, 8)
-    for begin_group in range(start, end, 128):
-        own = entries + begin_group - start
-        last = tl.minimum(begin_group + 128, end)
-        count = list_kept(x, front, scale, norms, threshold, begin_group, last, own, 1, 128, NORMS, FRONT)
-        sums = _zeros(SUB, WORDS, 8)
-        rows, value = _entries(x, front, scale, own, place, count, FRONT)
-        for begin in range(0, count, ROWS):
-            word = tl.load(words + rows.to(tl.int64)[:, :, None] * (m // 8), eviction_policy="evict_first")
-            word = word.to(tl.uint32, bitcast=True)
-            zero = in_flight(INTERPRETED)
-            now = (value + zero.to(tl.float32))[:, :, None]
-            rows, value = _entries(x, front, scale, own + zero, begin + ROWS + place, count, FRONT)
-            found = ()
-            for k in tl.static_range(8):
-                found = found + (sums[k] + tl.sum(_nibble(word, k, INTERPRETED) * now, axis=0),)
-            sums = found
-        step = steps + (begin_group // 128) * m + block * COLUMNS + word_of
+    rows, value, keep, group = _tile(x, front, scale, norms, threshold, entries, start, end, 0, tiles, place, ROWS,
+                                     LISTED, NORMS, FRONT)  # fmt: skip
+    for number in range(tiles):
+        word = tl.load(words + rows.to(tl.int64)[:, :, None] * (m // 8), mask=keep[:, :, None], other=0,
+                       eviction_policy="evict_first").to(tl.uint32, bitcast=True)  # fmt: skip
+        step = ()
+        for k in tl.static_range(8):
+            step = step + (tl.load(step_of + group * m + k * WORDS),)
+        zero = in_flight(INTERPRETED)
+        now = (value + zero.to(tl.float32))[:, :, None]
+        rows, value, keep, group = _tile(x + zero, front, scale, norms, threshold, entries + zero, start, end,
+                                         number + 1, tiles, place, ROWS, LISTED, NORMS, FRONT)  # fmt: skip
         found = ()
         for k in tl.static_range(8):
-            found = found + (total[k] + sums[k] * (tl.load(step + k * WORDS).to(tl.float32) / 16 ** (k % 4))[None, :],)
+            sums = tl.sum(_nibble(word, k, INTERPRETED) * now, axis=0)
+            found = found + (total[k] + sums * (step[k].to(tl.float32) / 16 ** (k % 4))[None, :],)
         total = found
     for k in tl.static_range(8):
         tl.store(out + block * COLUMNS + k * WORDS + word_of, tl.sum(total[k], axis=0))

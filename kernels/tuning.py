@@ -21,7 +21,7 @@ from kernels.packing import Packed
 KINDS = {
     "16 bit": ((64, 32, 1, False), (64, 32, 2, False), (64, 32, 1, True)),
     "32 bit": ((32, 32, 1, False), (64, 32, 2, False), (32, 32, 1, True)),
-    "int4": ((256, 16, 1, True), (256, 16, 2, True)),
+    "int4": ((256, 16, 1, True), (256, 32, 1, True), (256, 16, 1, False), (256, 32, 1, False), (256, 32, 2, False)),
 }
 """Storage -> columns, rows, warps and whether listed. Rows of 128 bytes, as many in flight as registers hold."""
 SPLITS = (6, 8, 12, 16, 24, 32, 56)

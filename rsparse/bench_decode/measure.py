@@ -80,8 +80,7 @@ class Plan:
                 if value not in known:
                     raise ValueError(f"{what} is {value!r}; expected one of {', '.join(known)}")
         if self.dtype == INT4 and (self.batch > 1 or not self.device.startswith("cuda")):
-            raise ValueError(f"batch is {self.batch} and device {self.device!r}; expected 1 and a GPU for {INT4}, whose "
-                             "kernel takes one token there")  # fmt: skip
+            raise ValueError(f"batch is {self.batch}, device {self.device!r}; expected 1 and a GPU for {INT4}")
         for name, least in (("new", 2), ("prompt", 1), ("batch", 1), ("repeats", 1), ("layers", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
@@ -116,8 +115,9 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
     """Figures of `plan`, one row after another; `path` is written after each, atomically. Seconds, bytes, and tokens
     per second of one row of the batch.
 
-    dtype, of a baseline's row: of its weights, see INT4. linears, of a row: what computed the products, see `Engine`. "reference" reads every weight, whatever its bytes say:
-    such a row is a sparse method's sparsity and its bytes, not its speed.
+    dtype, of a baseline's row: of its weights, see INT4. linears, of a row: what computed the products, see `Engine`.
+    "reference" reads every weight, whatever its bytes say: such a row is a sparse method's sparsity and its bytes, not
+    its speed.
 
     Raises ValueError, before weights are loaded, for a model, dtype or device that is not there.
     """

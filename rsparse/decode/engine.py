@@ -33,11 +33,10 @@ class Engine:
 
     cache_length: positions of the cache; None lets it grow with what is asked. builder: what computes the products of
     a block, see rsparse.decode.projections; None takes fused dense products for a dense model, the kernels for a sparse
-    one and, on a GPU, for INT4 weights, and the evaluation's modules for what the kernels do not compute: `linears` says
-    which, and why. graphs: replay
-    steps as CUDA graphs; None does where there is a GPU. compiled: fuse what lies between dense products with
-    torch.compile. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK with graphs, and one for all
-    without.
+    one and, on a GPU, for INT4 weights, and the evaluation's modules for what the kernels do not compute: `linears`
+    says which, and why. graphs: replay steps as CUDA graphs; None does where there is a GPU. compiled: fuse what lies
+    between dense products with torch.compile. chunk: positions of a chunk of the cache, see Cache; None takes CHUNK
+    with graphs, and one for all without.
 
     A dense model's q, k, v and gate, up are laid side by side in memory, see projections.Fused; a sparse one's linears
     channel by channel, see rsparse.decode.gathering: the model goes on as before. An engine belongs to the weights and
