@@ -24,9 +24,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALIGNED = 8
 """Ranks are padded to a multiple, so that 16-bit rows of B^T begin at 16 bytes."""
 COLUMNS = 128
-"""Columns of a segment are padded to a multiple: every block of columns of every kernel is whole."""
-INT4_COLUMNS = 256
-"""The same for INT4, whose blocks hold column 32 k + c of a block in bits 4 k of word c."""
+"""Columns of a segment are padded to a multiple: every block of columns of every kernel is whole. INT4 has blocks of
+so many, which hold column 16 k + c of a block in bits 4 k of word c."""
 CHUNK = 512
 """Columns of a chunk on a CPU: enough work for a thread between two barriers, few enough that every thread has some."""
 
@@ -81,7 +80,7 @@ class Packed:
     @property
     def padded(self) -> tuple[int, ...]:
         """Columns of each segment in a GPU's table."""
-        return padded(self.widths, self.scales is not None)
+        return padded(self.widths)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,9 +98,9 @@ class Packed:
         return replace(self, thresholds=_thresholds(thresholds, self.thresholds.device))
 
 
-def padded(widths: Sequence[int], int4: bool) -> tuple[int, ...]:
+def padded(widths: Sequence[int]) -> tuple[int, ...]:
     """Columns of segments of so many outputs in a GPU's table."""
-    return tuple(_up(width, INT4_COLUMNS if int4 else COLUMNS) for width in widths)
+    return tuple(_up(width, COLUMNS) for width in widths)
 
 
 def pack(segments: Sequence[Segment], chunked: bool | None = None) -> Packed:
@@ -118,7 +117,7 @@ def pack(segments: Sequence[Segment], chunked: bool | None = None) -> Packed:
     channels, device, dtype = first.shape[1], first.device, first.dtype
     r = _up(max(x.rank for x in segments), ALIGNED)
     widths = tuple(len(x.weight) for x in segments)
-    columns = padded(widths, int4)
+    columns = padded(widths)
     rows = r if int4 else channels + r
     table = torch.zeros(rows, sum(columns), dtype=dtype, device=device)
     B = torch.zeros(len(segments), r, channels, dtype=dtype, device=device)
@@ -148,7 +147,7 @@ def weights(packed: Packed, segment: int) -> Tensor:
         return packed.table[: packed.channels, begin : begin + width]
     words = packed.table[:, begin // 8 : (begin + packed.padded[segment]) // 8]
     shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    codes = (words.reshape(len(words), -1, 1, INT4_COLUMNS // 8) >> shifts[:, None]) & 15
+    codes = (words.reshape(len(words), -1, 1, COLUMNS // 8) >> shifts[:, None]) & 15
     scales = packed.scales[:, begin : begin + width].repeat_interleave(GROUP, dim=0)
     return (codes.reshape(len(words), -1)[:, :width] - ZERO).to(scales.dtype) * scales
 
@@ -157,7 +156,7 @@ def _words(weights: Sequence[Quantized], columns: Sequence[int]) -> Tensor:
     parts = []
     for weight, width in zip(weights, columns, strict=True):
         codes = pad(weight.codes.T, (0, width - len(weight)), value=ZERO).int()
-        codes = codes.view(len(codes), -1, 8, INT4_COLUMNS // 8)
+        codes = codes.view(len(codes), -1, 8, COLUMNS // 8)
         parts.append(sum(codes[:, :, k] << 4 * k for k in range(8)).view(len(codes), -1))
     return torch.cat(parts, dim=1)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import triton_tiles as tiles
-from kernels.packing import INT4_COLUMNS, Packed
+from kernels.packing import COLUMNS, Packed
 from kernels.quantized import GROUP
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,7 +35,7 @@ Z_RANKS = tl.constexpr(4)
 """Ranks of a program that computes z."""
 Z_STRETCH = 2048
 """Channels of one such program."""
-LIST = tl.constexpr(1024)
+LIST = tl.constexpr(256)
 """Channels that are compacted at once, for one token."""
 BATCH_LIST = tl.constexpr(128)
 """The same for several."""
@@ -45,8 +45,9 @@ BATCH_LIST = tl.constexpr(128)
 class Configuration:
     """How a launch is cut up; results differ between configurations by rounding only.
 
-    columns: of a block (INT4 has 256). rows: of a tile. splits: stretches of channels per block of columns. warps: per
-    program. listed: kept channels are compacted into a list first, which pays at high sparsity; else tiles are masked.
+    columns: of a block (INT4 has packing.COLUMNS). rows: of a tile. splits: stretches of channels per block of columns.
+    warps: per program. listed: kept channels are compacted into a list first, so that all loads of a tile are in
+    flight; else tiles are masked.
     """
 
     columns: int = 64
@@ -85,7 +86,7 @@ def _gemv(
     LISTED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, RANK_ROWS: tl.constexpr, PARTS: tl.constexpr,
     Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr, Z_STRETCH: tl.constexpr,
-    PLACES: tl.constexpr, CHAINED: tl.constexpr, INTERPRETED: tl.constexpr,
+    PLACES: tl.constexpr, VOTES: tl.constexpr, CHAINED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """See the module. m: padded columns; m0, m1, m2: outputs of each segment, first, second: blocks of the first two.
     next: weight of the norm that reads y; weighted, squares: what is left for it, where NEXT, see triton_tiles.LEFT.
@@ -123,7 +124,7 @@ def _gemv(
         _sparse_path(
             x, table, scales, thresholds, norms, front, eps, scratch + number.to(tl.int64) * stretch, out, n, m, block,
             segment, columns, start, tl.minimum(start + stretch, n), places, TOKENS, PAD, NORMS, FRONT, INT4, LISTED,
-            COLUMNS, ROWS, SUB, NORM_WIDTH, PLACES, INTERPRETED,
+            COLUMNS, ROWS, SUB, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
         )  # fmt: skip
     else:
         sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, flags,
@@ -152,7 +153,7 @@ def _sparse_path(
     x, table, scales, thresholds, norms, front, eps, entries, out, n, m, block, segment, columns, start, end, places,
     TOKENS: tl.constexpr, PAD: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, INT4: tl.constexpr,
     LISTED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, NORM_WIDTH: tl.constexpr,
-    PLACES: tl.constexpr, INTERPRETED: tl.constexpr,
+    PLACES: tl.constexpr, VOTES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Leaves the sum over the kept channels of start..end at `out`."""
     threshold = tl.load(thresholds + segment)
@@ -167,7 +168,7 @@ def _sparse_path(
                 scale = tl.where(tokens == token, found, scale)
         each = x + tokens[:, None] * n
         count = tiles.list_kept(each, front, scale, own, threshold, start, end, entries, TOKENS, BATCH_LIST, NORMS,
-                                FRONT)  # fmt: skip
+                                FRONT, VOTES=False)  # fmt: skip
         sums = tiles.batched(each, table, front, scale, own, threshold, entries, count, m, columns, PAD, ROWS, COLUMNS,
                              NORMS, FRONT, INTERPRETED)  # fmt: skip
         _leave(out, sums, m, columns, TOKENS, PAD)
@@ -175,10 +176,11 @@ def _sparse_path(
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
         if INT4:
             tiles.int4(x, table, scales, front, scale, own, threshold, start, end, m, block, entries, out, LISTED, ROWS,
-                       SUB, COLUMNS, NORMS, FRONT, INTERPRETED)  # fmt: skip
+                       COLUMNS, NORMS, FRONT, VOTES, INTERPRETED)  # fmt: skip
         elif LISTED:
-            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, 1, LIST, NORMS, FRONT)
-            sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, COLUMNS, FRONT, INTERPRETED)
+            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, 1, LIST, NORMS, FRONT, VOTES)
+            sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
+                                INTERPRETED)  # fmt: skip
             tl.store(out + columns, sums)
         else:
             sums = tiles.masked(x, table, front, scale, own, threshold, start, end, m, columns, ROWS, COLUMNS, NORMS,
@@ -276,7 +278,7 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
     if not 1 <= tokens <= most:
         raise ValueError(f"{tokens} tokens; expected 1 to {most}")
     n, r, segments = packed.channels, packed.B.shape[1], len(packed.widths)
-    columns = INT4_COLUMNS if int4 else configuration.columns
+    columns = COLUMNS if int4 else configuration.columns
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)
     listed = configuration.listed or tokens > 1
     rank_rows = max(min(32, 2048 // columns), 16 if tokens > 1 else 1)
@@ -382,8 +384,8 @@ def constants(packed: Packed, gated: bool, configuration: Configuration, grid: G
     front = 0 if given["front"] is None else tiles.LEFT.value if given["places"] else tiles.OWN.value
     least = 1 if packed.dtype == torch.float32 else 16  # tokens of a product on tensor cores
     pad = max(least, triton.next_power_of_2(grid.tokens)) if grid.tokens > 1 else 1
-    lanes = 32 * configuration.warps
-    sub = max(1, lanes * 4 // (grid.columns // 8))  # rows of words that a program's threads load at once
+    width = grid.columns // 2 if packed.scales is not None else grid.columns * packed.dtype.itemsize  # bytes of a row
+    sub = max(1, 32 * configuration.warps * 16 // width)  # rows that a program's threads load at once
     return dict(
         TOKENS=grid.tokens, PAD=pad, SEGMENTS=len(packed.widths), NORMS=packed.norms is not None,
         BIAS=packed.bias is not None, FRONT=front, RESIDUAL=given["residual"] is not None,
@@ -392,4 +394,5 @@ def constants(packed: Packed, gated: bool, configuration: Configuration, grid: G
         SUB=min(sub, configuration.rows), RANK_ROWS=grid.rank_rows, PARTS=2048 * configuration.warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
         STRETCHES=triton.next_power_of_2(max(1, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
+        VOTES=configuration.warps == 1 and not INTERPRETED,
     )  # fmt: skip

@@ -7,6 +7,8 @@ then multiplies.
 
 from __future__ import annotations
 
+import itertools
+
 import triton
 import triton.language as tl
 
@@ -104,9 +106,43 @@ def masked(x, table, front, scale, norms, threshold, start, end, m, columns, ROW
     return tl.sum(sums, axis=0)
 
 
+def _ballots(count: int) -> tl.constexpr:
+    """PTX: places among all that are kept of a warp's `count` flags a thread, in `count` registers, and how many there
+    are, in as many."""
+    flags = "".join(
+        f"setp.ne.u32 p, ${2 * count + i}, 0; vote.sync.ballot.b32 b, p, 0xffffffff; and.b32 t, b, lower; "
+        f"popc.b32 t, t; add.u32 ${i}, t, sum; popc.b32 t, b; add.u32 sum, sum, t; "
+        for i in range(count)
+    )
+    totals = "".join(f"mov.u32 ${count + i}, sum; " for i in range(count))
+    return tl.constexpr("{ .reg .pred p; .reg .b32 b, t, lower, sum; mov.u32 lower, %lanemask_lt; mov.u32 sum, 0; "
+                        + flags + totals + "}")  # fmt: skip
+
+
+_BALLOTS_4, _BALLOTS_8 = _ballots(4), _ballots(8)
+_REGISTERS_4 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 4))
+_REGISTERS_8 = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 8))
+
+
+@triton.jit
+def places_of(keep, VOTES: tl.constexpr):
+    """Places for the kept ones of `keep` (256 flags, or 128), without gaps, and how many they are. VOTES: of one warp,
+    whose threads vote; the order is then that of registers."""
+    if VOTES:
+        if keep.shape[0] == 256:
+            place, count = tl.inline_asm_elementwise(_BALLOTS_8, _REGISTERS_8, [keep], dtype=(tl.int32, tl.int32),
+                                                     is_pure=False, pack=8)  # fmt: skip
+        else:
+            place, count = tl.inline_asm_elementwise(_BALLOTS_4, _REGISTERS_4, [keep], dtype=(tl.int32, tl.int32),
+                                                     is_pure=False, pack=4)  # fmt: skip
+        return place, tl.max(count, axis=0)
+    else:
+        return tl.cumsum(keep, axis=0) - 1, tl.sum(keep, axis=0)
+
+
 @triton.jit
 def list_kept(x, front, scale, norms, threshold, start, end, entries, TOKENS: tl.constexpr, LIST: tl.constexpr,
-              NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
+              NORMS: tl.constexpr, FRONT: tl.constexpr, VOTES: tl.constexpr):  # fmt: skip
     """Writes the channels of start..end that any token keeps to `entries`, `LIST` at a time; how many there are.
     scale: a scalar, or a vector for x, pointers, of several tokens."""
     count = 0
@@ -119,8 +155,9 @@ def list_kept(x, front, scale, norms, threshold, start, end, entries, TOKENS: tl
             _, own = _sparse(x, front, scale[:, None], norms, threshold, rows[None, :], (rows < end)[None, :], NORMS,
                              FRONT)  # fmt: skip
             keep = tl.max(own.to(tl.int32), axis=0)
-        tl.store(entries + count + tl.cumsum(keep, axis=0) - 1, rows, mask=keep != 0)
-        count += tl.sum(keep, axis=0)
+        place, found = places_of(keep, VOTES)
+        tl.store(entries + count + place, rows, mask=keep != 0)
+        count += found
     tl.debug_barrier()
     return count
 
@@ -134,21 +171,25 @@ def _entries(x, front, scale, entries, position, count, FRONT: tl.constexpr):
 
 
 @triton.jit
-def listed(x, table, front, scale, entries, count, m, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-           FRONT: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """`masked` over a list of `count` kept channels, so that every tile is full; behind it, row 0 is read in vain."""
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    position = tl.arange(0, ROWS)
+def listed(x, table, front, scale, entries, count, m, columns, ROWS: tl.constexpr, SUB: tl.constexpr,
+           COLUMNS: tl.constexpr, FRONT: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """`masked` over a list of `count` kept channels, so that every tile is full; behind it, row 0 is read in vain. A
+    sum per place of the tile is fastest where a warp's registers hold them, else one per row that it loads at once."""
+    WIDE: tl.constexpr = COLUMNS // 8 * ROWS > 8 * SUB * COLUMNS // 8
+    position = place_of(ROWS, SUB)
+    block = table + columns[None, None, :]
+    if not WIDE:
+        position, block = tl.arange(0, ROWS), table + columns[None, :]
+    sums = tl.zeros((SUB if WIDE else ROWS, COLUMNS), tl.float32)
     row, value = _entries(x, front, scale, entries, position, count, FRONT)
     for _ in range(0, count, ROWS):
-        weight = tl.load(
-            table + row.to(tl.int64)[:, None] * m + columns[None, :], eviction_policy="evict_first"
-        )  # fmt: skip
+        weight = tl.load(block + tl.expand_dims(row.to(tl.int64), -1) * m, eviction_policy="evict_first")
         zero = in_flight(INTERPRETED)
-        now = value + zero.to(tl.float32)
+        now = tl.expand_dims(value + zero.to(tl.float32), -1)
         position += ROWS
         row, value = _entries(x, front, scale, entries + zero, position, count, FRONT)
-        sums += weight.to(tl.float32) * now[:, None]
+        part = weight.to(tl.float32) * now
+        sums += tl.sum(part, axis=0) if WIDE else part
     return tl.sum(sums, axis=0)
 
 
@@ -230,94 +271,158 @@ def z_part(x, B, front, scale, norms, threshold, n, r, segment, ranks, start, en
 
 
 @triton.jit
-def _nibble(word, K: tl.constexpr, INTERPRETED: tl.constexpr):
-    """16^(K mod 4) times weight K of `word`: put into the mantissa of 2^23, which is then taken off exactly."""
-    half = word >> 16 if K > 3 else word
-    MASK: tl.constexpr = 15 << (4 * (K % 4))
-    if INTERPRETED:
-        bits = (half & MASK) | 0x4B000000
-    else:  # (half & mask) | 2^23 in one instruction
-        bits = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, 0x4B000000, 0xEA;", "=r,r,n", [half, MASK], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * 16 ** (K % 4))
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
-    zeros = ()
-    for _ in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros((ROWS, COLUMNS), tl.float32),)
-    return zeros
-
-
-@triton.jit
 def list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS: tl.constexpr, NORMS: tl.constexpr,
-                FRONT: tl.constexpr):  # fmt: skip
+                FRONT: tl.constexpr, VOTES: tl.constexpr):  # fmt: skip
     """`list_kept` in tiles of ROWS entries, each of one group of 128 channels: what is left of a group's last tile is
     -1. How many tiles there are; none is without a channel."""
     tiles = 0
     place = tl.arange(0, 128)
     for begin in range(start, end, 128):
         _, wanted = _sparse(x, front, scale, norms, threshold, begin + place, begin + place < end, NORMS, FRONT)
-        keep = wanted.to(tl.int32)
-        count = tl.sum(keep, axis=0)
+        at, count = places_of(wanted.to(tl.int32), VOTES)
         own, whole = entries + tiles * ROWS, (count + ROWS - 1) // ROWS * ROWS
-        tl.store(own + tl.cumsum(keep, axis=0) - 1, begin + place, mask=wanted)
+        tl.store(own + at, begin + place, mask=wanted)
         tl.store(own + place, tl.full((128,), -1, tl.int32), mask=(place >= count) & (place < whole))
         tiles += whole // ROWS
     tl.debug_barrier()
     return tiles
 
 
+def _dots(magic: str, kind: str) -> tl.constexpr:
+    """PTX: adds two channels' eight outputs. $0..7: sums; $8, $9: their words; $10, $11: x, twice in the threads where
+    the second operand's diagonal lies, else 0; $12..19: the sums so far. Two products of 16 x 16 and 16 x 8, in which a
+    thread's own nibbles, 128 + n in bfloat16 or 1024 + n in float16, meet its own x alone."""
+    lines = []
+    for first in (0, 4):
+        for a, (word, place) in enumerate(itertools.product((8, 9), (first // 2, first // 2 + 1))):
+            lines.append(f"shr.u32 s, ${word}, {4 * place}; lop3.b32 a{a}, s, 0x000F000F, {magic}, 0xEA;")
+        sums, before = (", ".join(f"${at + first + i}" for i in range(4)) for at in (0, 12))
+        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{a0, a1, a2, a3}}, "
+                     f"{{$10, $11}}, {{{before}}};")  # fmt: skip
+    return tl.constexpr("{ .reg .b32 s, a0, a1, a2, a3; " + " ".join(lines) + " }")
+
+
+_DOTS_BF16, _DOTS_FP16 = _dots("0x43004300", "bf16"), _dots("0x64006400", "f16")
+_EIGHT = tl.constexpr((tl.float32,) * 8)
+_DOTS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 4 + ["f"] * 8))
+
+
 @triton.jit
-def _tile(x, front, scale, norms, threshold, entries, start, end, number, tiles, place, ROWS: tl.constexpr,
-          LISTED: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
-    """Channels of tile `number`, s(x) there, which of them are read, and the group that all are of."""
-    position = number * ROWS
-    if LISTED:
-        rows = tl.load(entries + position + place, mask=(number < tiles) & (place < ROWS), other=-1)
-        keep = rows >= 0
-        value = read(x, front, scale, rows, keep, FRONT)
-        first = tl.load(entries + position, mask=number < tiles, other=start)
+def _nibble(i: tl.constexpr):
+    """The nibble of a word whose sum `_dots` puts out in place i."""
+    return i // 2 + 4 * (i % 2)
+
+
+@triton.jit
+def _eight_zeros(WORDS: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(8):
+        zeros = zeros + (tl.zeros((32, WORDS), tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _twice(x, mask, TYPE: tl.constexpr):
+    """(32, 1) int32: the 16 bits of x (32,) in both halves, under `mask`."""
+    bits = x.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return ((bits | (bits << 16)) & mask)[:, None]
+
+
+@triton.jit
+def _add(sums, words, others, x, y, lane, TYPE: tl.constexpr, PLAIN: tl.constexpr):
+    """sums plus x (centre + nibbles of `words`) plus y (centre + those of `others`): a tuple of (32, EACH), in the order
+    of `_nibble`. x, y (32,): a lane's channels."""
+    if PLAIN:
+        found = ()
+        for i in tl.static_range(8):
+            one, other = (words >> 4 * _nibble(i)) & 15, (others >> 4 * _nibble(i)) & 15
+            found = found + (sums[i] + one.to(tl.float32) * x[:, None] + other.to(tl.float32) * y[:, None],)
+        return found
     else:
-        rows = start + position + place
-        value, keep = _sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
-        first = tl.minimum(start + position, end - 1)
-    return rows, tl.where(keep, value, 0.0), keep, first // 128
+        group, of_group = lane // 4, lane % 4
+        low, high = (group == 2 * of_group).to(tl.int32) * 0xFFFF, (group == 2 * of_group + 1).to(tl.int32) * -65536
+        x, y = _twice(x, low | high, TYPE), _twice(y, low | high, TYPE)
+        return tl.inline_asm_elementwise(
+            _DOTS_BF16 if TYPE == tl.bfloat16 else _DOTS_FP16, _DOTS,
+            [words, others, x, y, sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7]],
+            dtype=_EIGHT, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _channels(x, front, scale, norms, threshold, entries, start, end, number, tiles, lane, ROWS: tl.constexpr,
+              LISTED: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
+    """Of tile `number`: the group that its channels are of, and for every four of them the channel of each lane, s(x)
+    there, and whether it is read."""
+    position = number * ROWS
+    rows, values, keeps = (), (), ()
+    for four in tl.static_range(ROWS // 4):
+        place = position + 4 * four + lane % 4
+        if LISTED:
+            row = tl.load(entries + place, mask=number < tiles, other=-1)
+            keep = row >= 0
+            value = tl.where(keep, read(x, front, scale, row, keep, FRONT), 0.0)
+        else:
+            row = start + place
+            value, keep = _sparse(x, front, scale, norms, threshold, row, row < end, NORMS, FRONT)
+        rows, values, keeps = rows + (row,), values + (value,), keeps + (keep,)
+    if LISTED:
+        group = tl.load(entries + position, mask=number < tiles, other=start) // 128
+    else:
+        group = tl.minimum(start + position, end - 1) // 128
+    return group, rows, values, keeps
 
 
 @triton.jit
 def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, entries, out, LISTED: tl.constexpr,
-         ROWS: tl.constexpr, SUB: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
+         ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, VOTES: tl.constexpr,
          INTERPRETED: tl.constexpr):  # fmt: skip
     """The sparse path of one token over INT4 weights, in tiles of channels of one group, which share their steps (their
-    scales); start is a multiple of 128. Stores its sums at `out`."""
+    scales); start is a multiple of 128. Stores its sums at `out`.
+
+    Four channels at a time: lane 4 g + t loads EACH words from EACH g on of channel t, as tensor cores want them, which
+    add up two channels' sixteen products in two instructions; plain arithmetic takes three for each."""
+    TYPE: tl.constexpr = steps.dtype.element_ty
+    PLAIN: tl.constexpr = INTERPRETED or TYPE == tl.float32
+    CENTRE: tl.constexpr = 8.0 if PLAIN else 136.0 if TYPE == tl.bfloat16 else 1032.0
     WORDS: tl.constexpr = COLUMNS // 8
-    word_of = tl.arange(0, WORDS)
-    words, step_of = table + block * WORDS + word_of[None, None, :], steps + block * COLUMNS + word_of
-    place = place_of(ROWS, SUB)
+    EACH: tl.constexpr = WORDS // 8
+    lane = tl.arange(0, 32)
+    word_of = (lane // 4)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    words, step_of = table + block * WORDS + word_of, steps + block * COLUMNS + word_of
     if LISTED:
-        tiles = list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS, NORMS, FRONT)
+        tiles = list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS, NORMS, FRONT, VOTES)
     else:
         tiles = (end - start + ROWS - 1) // ROWS
-    total = _zeros(SUB, WORDS, 8)
-    rows, value, keep, group = _tile(x, front, scale, norms, threshold, entries, start, end, 0, tiles, place, ROWS,
-                                     LISTED, NORMS, FRONT)  # fmt: skip
+    total = _eight_zeros(EACH)
+    group, rows, values, keeps = _channels(x, front, scale, norms, threshold, entries, start, end, 0, tiles, lane, ROWS,
+                                           LISTED, NORMS, FRONT)  # fmt: skip
     for number in range(tiles):
-        word = tl.load(words + rows.to(tl.int64)[:, :, None] * (m // 8), mask=keep[:, :, None], other=0,
-                       eviction_policy="evict_first").to(tl.uint32, bitcast=True)  # fmt: skip
-        step = ()
-        for k in tl.static_range(8):
-            step = step + (tl.load(step_of + group * m + k * WORDS),)
+        loaded, step = (), ()
+        for four in tl.static_range(ROWS // 4):
+            loaded = loaded + (tl.load(words + rows[four][:, None] * (m // 8), mask=keeps[four][:, None], other=0,
+                                       eviction_policy="evict_first"),)  # fmt: skip
+        for i in tl.static_range(8):
+            step = step + (tl.load(step_of + group * m + _nibble(i) * WORDS),)
         zero = in_flight(INTERPRETED)
-        now = (value + zero.to(tl.float32))[:, :, None]
-        rows, value, keep, group = _tile(x + zero, front, scale, norms, threshold, entries + zero, start, end,
-                                         number + 1, tiles, place, ROWS, LISTED, NORMS, FRONT)  # fmt: skip
+        now = ()
+        for four in tl.static_range(ROWS // 4):
+            now = now + (values[four] + zero.to(tl.float32),)
+        group, rows, values, keeps = _channels(x + zero, front, scale, norms, threshold, entries + zero, start, end,
+                                               number + 1, tiles, lane, ROWS, LISTED, NORMS, FRONT)  # fmt: skip
+        sums, given = _eight_zeros(EACH), tl.zeros((32,), tl.float32)
+        for two in tl.static_range(ROWS // 8):
+            first, second = now[2 * two], now[2 * two + 1]
+            sums = _add(sums, loaded[2 * two], loaded[2 * two + 1], first, second, lane, TYPE, PLAIN)
+            if PLAIN:
+                given += first + second
+            else:
+                given += first.to(TYPE).to(tl.float32) + second.to(TYPE).to(tl.float32)
         found = ()
-        for k in tl.static_range(8):
-            sums = tl.sum(_nibble(word, k, INTERPRETED) * now, axis=0)
-            found = found + (total[k] + sums * (step[k].to(tl.float32) / 16 ** (k % 4))[None, :],)
+        for i in tl.static_range(8):
+            found = found + (total[i] + (sums[i] - CENTRE * given[:, None]) * step[i].to(tl.float32),)
         total = found
-    for k in tl.static_range(8):
-        tl.store(out + block * COLUMNS + k * WORDS + word_of, tl.sum(total[k], axis=0))
+    for i in tl.static_range(8):
+        own = tl.sum(tl.reshape(total[i], (8, 4, EACH)), axis=1)
+        place = tl.arange(0, 8)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        tl.store(out + block * COLUMNS + _nibble(i) * WORDS + place, own)

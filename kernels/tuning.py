@@ -19,12 +19,14 @@ from kernels.operations import Gemv
 from kernels.packing import Packed
 
 KINDS = {
-    "16 bit": ((64, 32, 1, False), (64, 32, 2, False), (64, 32, 1, True)),
-    "32 bit": ((32, 32, 1, False), (64, 32, 2, False), (32, 32, 1, True)),
-    "int4": ((256, 16, 1, True), (256, 32, 1, True), (256, 16, 1, False), (256, 32, 1, False), (256, 32, 2, False)),
+    "16 bit": ((64, 32, 1, False), (64, 32, 1, True), (128, 32, 1, True)),
+    "32 bit": ((32, 32, 1, False), (64, 16, 1, True), (64, 32, 1, True)),
+    "int4": ((128, 16, 1, True), (128, 32, 1, True), (128, 32, 1, False)),
 }
 """Storage -> columns, rows, warps and whether listed. Rows of 128 bytes, as many in flight as registers hold."""
-SPLITS = (6, 8, 12, 16, 24, 32, 56)
+SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
+PROGRAMS = (512, 8192)
+"""Of a launch: fewer leave processors idle, more have too little to do for what their sums cost."""
 
 
 def storage(packed: Packed) -> str:
@@ -36,12 +38,13 @@ def candidates(packed: Packed) -> list:
     """Configurations worth trying."""
     from kernels.triton_gemv import Configuration
 
-    most = packed.channels // 64
-    return [
-        Configuration(columns, rows, splits, warps, listed)
-        for (columns, rows, warps, listed), splits in product(KINDS[storage(packed)], SPLITS)
-        if splits <= most or splits == SPLITS[0]
+    kinds, columns = KINDS[storage(packed)], sum(packed.padded)
+    found = [
+        Configuration(width, rows, splits, warps, listed)
+        for (width, rows, warps, listed), splits in product(kinds, SPLITS)
+        if PROGRAMS[0] <= columns // width * splits <= PROGRAMS[1] and splits <= packed.channels // 64
     ]
+    return found or [Configuration(width, rows, SPLITS[0], warps, listed) for width, rows, warps, listed in kinds]
 
 
 def cache_path() -> Path:

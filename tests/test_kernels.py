@@ -377,15 +377,21 @@ def test_codes_are_the_nearest_and_survive_gptqs_layout():
         quantized.Quantized(found.codes, found.scales[:, :1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("threshold", [-math.inf, 0.8, math.inf])
-@pytest.mark.parametrize("widths, listed, rows", [((300,), True, 16), ((70, 260), False, 32), ((40, 40), True, 32)])
+INT4_CUTS = [((300,), True, 16), ((70, 260), False, 32), ((40, 40), True, 32)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "threshold", "widths", "listed", "rows"),
+    [(dtype, threshold, *cut) for dtype in EPS for threshold in (-math.inf, 0.8, math.inf) for cut in INT4_CUTS] if GPU
+    else [(torch.float32, -math.inf, *INT4_CUTS[0]), (torch.float16, 0.8, *INT4_CUTS[1]),
+          (torch.bfloat16, 0.8, *INT4_CUTS[2]), (torch.float32, math.inf, *INT4_CUTS[1])],
+)  # fmt: skip
 def test_int4(dtype, threshold, widths, listed, rows):
     """The kernel and the dequantised product against float64, on a table of words."""
     generator, gated = torch.Generator().manual_seed(1), widths == (40, 40)
     segments = [int4(segment(m, 384, 5, threshold, dtype, generator, norms=True, bias=True)) for m in widths]
     x = torch.randn(1, 384, generator=generator).to(dtype)
-    packed, cut = pack([to(one) for one in segments]), Configuration(256, rows, 2, 1, listed)
+    packed, cut = pack([to(one) for one in segments]), Configuration(128, rows, 2, 1, listed)
     assert packed.table.dtype == torch.int32 and packed.nbytes < 0.8 * sum(m * 384 for m in packed.padded)
     work = triton_gemv.workspace(packed, cut)
     first, second = (triton_gemv.gemv(x.to(DEVICE), packed, gated, cut, work) for _ in range(2))
@@ -394,6 +400,9 @@ def test_int4(dtype, threshold, widths, listed, rows):
     module = Gemv(packed, gated, most_tokens=0)
     assert module.takes(1) == "dense"
     check(module(x.to(DEVICE)).cpu(), x, segments, gated)
+    for value in (math.nan, math.inf):
+        x[0, 7] = value
+        assert not triton_gemv.gemv(x.to(DEVICE), packed, gated, cut, work).isfinite().any()
     for i, one in enumerate(segments):
         torch.testing.assert_close(packing.weights(packed, i).T.cpu(), one.weight.dequantized())
 
