@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import triton_tiles as tiles
-from kernels.packing import COLUMNS, Packed
+from kernels.packing import Packed
 from kernels.quantized import GROUP
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,7 +30,8 @@ MOST_SEGMENTS = 3
 MOST_TOKENS = 16
 """Tokens of one launch."""
 MOST_REGISTERS = 128
-"""Of a thread where programs are one warp: a few spilled ones cost less than the warp that they would displace."""
+"""Of a thread where programs are one warp: a few spilled ones cost less than the warp that they would displace. INT4
+beside float32 is plain arithmetic, and needs more."""
 Z_RANKS = tl.constexpr(4)
 """Ranks of a program that computes z."""
 Z_STRETCH = 2048
@@ -45,7 +46,7 @@ BATCH_LIST = tl.constexpr(128)
 class Configuration:
     """How a launch is cut up; results differ between configurations by rounding only.
 
-    columns: of a block (INT4 has packing.COLUMNS). rows: of a tile. splits: stretches of channels per block of columns.
+    columns: of a block. rows: of a tile. splits: stretches of channels per block of columns.
     warps: per program. listed: kept channels are compacted into a list first, so that all loads of a tile are in
     flight; else tiles are masked.
     """
@@ -277,8 +278,7 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
     most = 1 if int4 else MOST_TOKENS
     if not 1 <= tokens <= most:
         raise ValueError(f"{tokens} tokens; expected 1 to {most}")
-    n, r, segments = packed.channels, packed.B.shape[1], len(packed.widths)
-    columns = COLUMNS if int4 else configuration.columns
+    n, r, segments, columns = packed.channels, packed.B.shape[1], len(packed.widths), configuration.columns
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)
     listed = configuration.listed or tokens > 1
     rank_rows = max(min(32, 2048 // columns), 16 if tokens > 1 else 1)
@@ -355,9 +355,15 @@ def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, w
     fixed = constants(packed, gated, configuration, grid, given)
     _gemv[(grid.programs,)](
         **given, **fixed, CHAINED=linked, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=linked,
-        maxnreg=MOST_REGISTERS if configuration.warps == 1 else None,
+        maxnreg=most_registers(packed, configuration),
     )
     return y
+
+
+def most_registers(packed: Packed, configuration: Configuration) -> int | None:
+    """Of a thread, see MOST_REGISTERS; None for as many as it wants."""
+    plain = packed.scales is not None and packed.dtype == torch.float32
+    return None if plain or configuration.warps > 1 else MOST_REGISTERS
 
 
 def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None, eps: float,
@@ -386,12 +392,15 @@ def constants(packed: Packed, gated: bool, configuration: Configuration, grid: G
     pad = max(least, triton.next_power_of_2(grid.tokens)) if grid.tokens > 1 else 1
     width = grid.columns // 2 if packed.scales is not None else grid.columns * packed.dtype.itemsize  # bytes of a row
     sub = max(1, 32 * configuration.warps * 16 // width)  # rows that a program's threads load at once
+    rows = configuration.rows
+    if grid.tokens > 1:  # whose sums take registers too
+        rows = min(rows, max(16, 2048 * configuration.warps // grid.columns))
     return dict(
         TOKENS=grid.tokens, PAD=pad, SEGMENTS=len(packed.widths), NORMS=packed.norms is not None,
         BIAS=packed.bias is not None, FRONT=front, RESIDUAL=given["residual"] is not None,
         NEXT=given["next"] is not None, GATED=gated, PLACES=triton.next_power_of_2(max(1, given["places"])),
-        INT4=packed.scales is not None, LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=configuration.rows,
-        SUB=min(sub, configuration.rows), RANK_ROWS=grid.rank_rows, PARTS=2048 * configuration.warps // grid.columns,
+        INT4=packed.scales is not None, LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=rows,
+        SUB=min(sub, rows), RANK_ROWS=grid.rank_rows, PARTS=2048 * configuration.warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
         STRETCHES=triton.next_power_of_2(max(1, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
         VOTES=configuration.warps == 1 and not INTERPRETED,

@@ -322,6 +322,12 @@ def _eight_zeros(WORDS: tl.constexpr):
 
 
 @triton.jit
+def _column(word):
+    """The column of nibble 0 of a word, see packing.COLUMNS; nibble k is 16 k further."""
+    return word // 16 * 128 + word % 16
+
+
+@triton.jit
 def _twice(x, mask, TYPE: tl.constexpr):
     """(32, 1) int32: the 16 bits of x (32,) in both halves, under `mask`."""
     bits = x.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -330,7 +336,7 @@ def _twice(x, mask, TYPE: tl.constexpr):
 
 @triton.jit
 def _add(sums, words, others, x, y, lane, TYPE: tl.constexpr, PLAIN: tl.constexpr):
-    """sums plus x (centre + nibbles of `words`) plus y (centre + those of `others`): a tuple of (32, EACH), in the order
+    """sums plus x (centre + nibbles of `words`) plus y (centre + those of `others`): tuples of (32, EACH), in the order
     of `_nibble`. x, y (32,): a lane's channels."""
     if PLAIN:
         found = ()
@@ -389,7 +395,7 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
     EACH: tl.constexpr = WORDS // 8
     lane = tl.arange(0, 32)
     word_of = (lane // 4)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-    words, step_of = table + block * WORDS + word_of, steps + block * COLUMNS + word_of
+    words, step_of = table + block * WORDS + word_of, steps + block * COLUMNS + _column(word_of)
     if LISTED:
         tiles = list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS, NORMS, FRONT, VOTES)
     else:
@@ -403,7 +409,7 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
             loaded = loaded + (tl.load(words + rows[four][:, None] * (m // 8), mask=keeps[four][:, None], other=0,
                                        eviction_policy="evict_first"),)  # fmt: skip
         for i in tl.static_range(8):
-            step = step + (tl.load(step_of + group * m + _nibble(i) * WORDS),)
+            step = step + (tl.load(step_of + group * m + 16 * _nibble(i)),)
         zero = in_flight(INTERPRETED)
         now = ()
         for four in tl.static_range(ROWS // 4):
@@ -425,4 +431,4 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
     for i in tl.static_range(8):
         own = tl.sum(tl.reshape(total[i], (8, 4, EACH)), axis=1)
         place = tl.arange(0, 8)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-        tl.store(out + block * COLUMNS + _nibble(i) * WORDS + place, own)
+        tl.store(out + block * COLUMNS + _column(place) + 16 * _nibble(i), own)

@@ -21,7 +21,7 @@ from kernels.packing import Packed
 KINDS = {
     "16 bit": ((64, 32, 1, False), (64, 32, 1, True), (128, 32, 1, True)),
     "32 bit": ((32, 32, 1, False), (64, 16, 1, True), (64, 32, 1, True)),
-    "int4": ((128, 16, 1, True), (128, 32, 1, True), (128, 32, 1, False)),
+    "int4": ((128, 16, 1, True), (128, 32, 1, True), (256, 16, 1, True), (128, 32, 1, False)),
 }
 """Storage -> columns, rows, warps and whether listed. Rows of 128 bytes, as many in flight as registers hold."""
 SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
@@ -38,13 +38,13 @@ def candidates(packed: Packed) -> list:
     """Configurations worth trying."""
     from kernels.triton_gemv import Configuration
 
-    kinds, columns = KINDS[storage(packed)], sum(packed.padded)
+    kinds = [x for x in KINDS[storage(packed)] if not any(columns % x[0] for columns in packed.padded)]
     found = [
-        Configuration(width, rows, splits, warps, listed)
-        for (width, rows, warps, listed), splits in product(kinds, SPLITS)
-        if PROGRAMS[0] <= columns // width * splits <= PROGRAMS[1] and splits <= packed.channels // 64
+        Configuration(columns, rows, splits, warps, listed)
+        for (columns, rows, warps, listed), splits in product(kinds, SPLITS)
+        if PROGRAMS[0] <= sum(packed.padded) // columns * splits <= PROGRAMS[1] and splits <= packed.channels // 64
     ]
-    return found or [Configuration(width, rows, SPLITS[0], warps, listed) for width, rows, warps, listed in kinds]
+    return found or [Configuration(*kind[:2], SPLITS[0], *kind[2:]) for kind in kinds]
 
 
 def cache_path() -> Path:

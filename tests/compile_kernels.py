@@ -80,7 +80,7 @@ def attention(dtype: torch.dtype, span: int, window: bool, kv: int) -> tuple[dic
     return given, dict(HEADS=heads, KV=kv, MEMBERS=members, DIM=dim, TILE=size, WINDOW=window)
 
 
-def build(kernel, arch: int, given: dict, constants: dict, warps: int):
+def build(kernel, arch: int, given: dict, constants: dict, options: dict):
     """`kernel` as a launch with `given` would compile it."""
     constants = constants | {name: value for name, value in given.items() if value is None}
     constants |= {"CHAINED": arch >= 90} | ({"INTERPRETED": False} if "INTERPRETED" in kernel.arg_names else {})
@@ -98,28 +98,27 @@ def build(kernel, arch: int, given: dict, constants: dict, warps: int):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places, attributes)
-    options = {"num_warps": warps}
-    if kernel is triton_gemv._gemv and warps == 1:
-        options["maxnreg"] = triton_gemv.MOST_REGISTERS
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def launches() -> Iterator[tuple[str, object, dict, dict, int]]:
-    """(what, kernel, arguments, constants, warps) of all that a decoder can ask for."""
+def launches() -> Iterator[tuple[str, object, dict, dict, dict]]:
+    """(what, kernel, arguments, constants, options) of all that a decoder can ask for."""
     for dtype, int4 in product((torch.float32, torch.float16, torch.bfloat16), (False, True)):
         name = "int4 " * int4 + TYPES[dtype]
         kinds = KINDS["int4" if int4 else f"{8 * dtype.itemsize} bit"]
         for i, (columns, rows, warps, listed) in enumerate(kinds):
             configuration = Configuration(columns, rows, 16, warps, listed)
-            for tokens in (1,) if int4 or listed else (1, 4):
+            for tokens in (1,) if int4 else (1, 4):
                 given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + tokens) % 3)
-                yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, warps
+                most = triton_gemv.most_registers(packed_of(dtype, int4, False, 1), configuration)
+                options = {"num_warps": warps} | ({"maxnreg": most} if most else {})
+                yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, options
         if not int4:
             for span, window, kv in ((512, False, 32), (4096, True, 8)):
                 given = attention(dtype, span, window, kv)
-                yield f"attention {name} {span}", triton_attention._attend, *given, triton_attention.WARPS
+                yield f"attention {name} {span}", triton_attention._attend, *given, {"num_warps": triton_attention.WARPS}
             for chosen in (False, True):
-                yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen), triton_neurons.WARPS
+                yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen), {"num_warps": triton_neurons.WARPS}
 
 
 def resources(kernel) -> tuple[int, int]:
@@ -134,8 +133,8 @@ def resources(kernel) -> tuple[int, int]:
 
 def main() -> None:
     built = []
-    for arch, (what, kernel, given, constants, warps) in product(map(int, sys.argv[1:]), list(launches())):
-        made = build(kernel, arch, given, constants, warps)
+    for arch, (what, kernel, given, constants, options) in product(map(int, sys.argv[1:]), list(launches())):
+        made = build(kernel, arch, given, constants, options)
         registers, spilled = resources(made)
         built.append({"arch": arch, "what": what, "shared": made.metadata.shared, "registers": registers,
                       "spilled": spilled, "wide": "v4.b32" in made.asm["ptx"]})  # fmt: skip
