@@ -104,9 +104,12 @@ class Verdict:
     difference: float = math.nan
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, and eight times as fast where libyaml is
+
+
 def load(path: Path = CLAIMS) -> Claims:
     """Read and check the claims; ValueError names the claim, the field and what is wrong with it."""
-    document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    document = yaml.load(Path(path).read_text(encoding="utf-8"), _LOADER)
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or not isinstance(document.get("claims"), list):
         raise ValueError(f"{Path(path).name} must be a mapping with a list of claims.")

@@ -270,7 +270,7 @@ def test_combinations():
 
 # ---- the file
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def document():
     return yaml.safe_load(claims.CLAIMS.read_text())
 
