@@ -179,19 +179,18 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kernel(read_only, cache, tmp_path_factory):
-    """The name of a kernel that lives where the checkout cannot be written, and imports this project from it."""
-    copy, command = read_only
+def kernel(read_only, tmp_path_factory):
+    """The name of a kernel that lives where the copy cannot be written; PYTHONPATH says which checkout it imports."""
+    _, command = read_only
     folder = tmp_path_factory.mktemp("kernel")
     program, address = str(Path(__file__).with_name("warm_kernel.py")), str(folder / "socket")
-    own = {"PYTHONPATH": str(copy), "RSPARSE_CACHE": str(cache)}
-    environment = os.environ | own | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = os.environ | {"PYTHONPATH": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     server = subprocess.Popen(
         [*command, sys.executable, program, address], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )
     assert server.stdout.readline() == "ready\n"
     request = [sys.executable, "-I", "-S", program, address, "{connection_file}"]
-    specification = {"argv": request, "display_name": "read-only", "language": "python", "env": own}
+    specification = {"argv": request, "display_name": "read-only", "language": "python"}
     (folder / "kernels" / "read-only").mkdir(parents=True)
     (folder / "kernels" / "read-only" / "kernel.json").write_text(json.dumps(specification))
     with pytest.MonkeyPatch.context() as patch:
@@ -202,9 +201,13 @@ def kernel(read_only, cache, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_alone_on_a_read_only_checkout_from_an_unrelated_folder(name, read_only, kernel, cache, checkpoint, tmp_path):
+def test_alone_on_a_read_only_checkout_from_an_unrelated_folder(
+    name, read_only, kernel, cache, checkpoint, tmp_path, monkeypatch
+):
     """In a kernel of its own, without a module of this project from another notebook."""
     copy, command = read_only
+    monkeypatch.setenv("PYTHONPATH", str(copy))
+    monkeypatch.setenv("RSPARSE_CACHE", str(cache))
     probe = subprocess.run([*command, "touch", copy / "written"], capture_output=True, text=True)
     assert probe.returncode != 0, "the copy can be written: this test shows nothing"
     executed, source = tmp_path / "executed.ipynb", copy / "notebooks" / SOURCES[name].name
@@ -217,9 +220,10 @@ def test_alone_on_a_read_only_checkout_from_an_unrelated_folder(name, read_only,
     check_outputs(nbformat.read(executed, as_version=4))
 
 
-def test_what_runs_is_the_read_only_copy(read_only, kernel, tmp_path):
+def test_what_runs_is_the_read_only_copy(read_only, kernel, tmp_path, monkeypatch):
     """The kernels that notebooks get: which checkout they import and cannot write to, beginning without it."""
     copy, _ = read_only
+    monkeypatch.setenv("PYTHONPATH", str(copy))
     code = f"""import os, sys
 started_with = [x for x in sys.modules if x.split(".")[0] in ("rsparse", "kernels")]
 import rsparse, kernels
@@ -256,7 +260,9 @@ def check_outputs(notebook: nbformat.NotebookNode) -> None:
 
 
 @pytest.mark.parametrize("place", ["root", "notebooks"])
-def test_from_other_folders_a_rerun_computes_nothing(place, cache, checkpoint, tmp_path, monkeypatch):
+def test_from_other_folders_a_rerun_computes_nothing(
+    place, kernel, cache, checkpoint, tmp_path, monkeypatch
+):
     """One kernel for all notebooks, emptied between them, as one would in Jupyter: imports take the most
     time."""
     finished = [name for name in SOURCES if (cache / "interactive" / name / f"{name}.jsonl").exists()]
@@ -267,7 +273,7 @@ def test_from_other_folders_a_rerun_computes_nothing(place, cache, checkpoint, t
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = {"root": ROOT, "notebooks": HERE.notebooks}[place]
     before = sorted(folder.iterdir())
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+    manager, client = start_new_kernel(kernel_name=kernel, cwd=str(folder))
     try:
         for name in finished:
             rerun(name, tmp_path / "results" / name, checkpoint, manager, client)

@@ -41,6 +41,7 @@ def kernel(request: socket.socket) -> None:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
+    sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
     os.environ.pop("JPY_PARENT_PID", None)  # of the process that asked: the thread below ends with it
     sys.argv = ["ipykernel_launcher", "-f", asked["connection"]]
     threading.Thread(target=lambda: request.recv(1) or os._exit(1), daemon=True).start()
