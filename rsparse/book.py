@@ -84,8 +84,9 @@ def write_pages(checkout: Checkout = HERE) -> None:
         texts[checkout.exhibits / f"{exhibit}.md"] = page.text
         figures |= page.figures
     generated = checkout.book / "_generated"
-    texts[generated / "scorecard.md"] = claims.scorecard_markdown(checkout.results)
-    texts[generated / "verdicts.md"] = _answers(batches, checkout) + claims.verdicts_markdown(checkout.results)
+    judged = claims.judged(checkout.results)
+    texts[generated / "scorecard.md"] = claims.scorecard_markdown(judged)
+    texts[generated / "verdicts.md"] = _answers(batches, checkout) + claims.verdicts_markdown(judged)
     status = _runs_table(batches, checkout), _versions_table(batches, checkout), _projections(checkout)
     texts[generated / "status.md"] = "\n\n".join(filter(None, status)) + "\n"
     for path, text in texts.items():

@@ -154,7 +154,7 @@ def select(node: Node, context: Context) -> pd.DataFrame:
     frame = _preferred(frame, context.prefer, str(wanted.get("metric", "")), free)
     _complete(frame, wanted)
     frame = _over_seeds(frame)
-    mixed = [c for c in frame.columns if c not in MEASURED | free and text(frame[c]).nunique() > 1]
+    mixed = [c for c in frame.columns if c not in MEASURED | free and _varies(frame[c])]
     if mixed:
         raise Ambiguous(f"rows differ in {', '.join(mixed)}")
     return frame
@@ -182,7 +182,16 @@ def equals(frame: pd.DataFrame, column: str, value: Any) -> pd.Series:
 
 def text(cells: pd.Series) -> pd.Series:
     """Cells as text, "" where empty: unlike NaN, "" counts as a value of its own."""
-    return cells.astype(object).where(cells.notna(), "").astype(str)
+    return pd.Series(_texts(cells), cells.index, dtype=str)
+
+
+def _texts(cells: pd.Series) -> list[str]:
+    """Without pandas: judging all claims asks this tens of thousands of times, of a few cells each."""
+    return ["" if empty else str(x) for x, empty in zip(cells, cells.isna(), strict=True)]
+
+
+def _varies(cells: pd.Series) -> bool:
+    return len(set(_texts(cells))) > 1
 
 
 def _query(frame: pd.DataFrame, text: str) -> pd.DataFrame:
@@ -195,7 +204,7 @@ def _query(frame: pd.DataFrame, text: str) -> pd.DataFrame:
 def _preferred(frame: pd.DataFrame, prefer: Mapping[str, Mapping[str, list[Any]]], metric: str,
                free: set[str]) -> pd.DataFrame:
     for column, orders in prefer.items():
-        if column in free or column not in frame or text(frame[column]).nunique() < 2:
+        if column in free or column not in frame or not _varies(frame[column]):
             continue
         for value in orders.get(metric, orders.get("default", [])):
             mask = equals(frame, column, value)

@@ -23,6 +23,19 @@ SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_att
 VOCABULARY = 97
 
 
+LONGEST = "notebooks kernels kernels_compile search sparsify book batch kernel_attention figures tiny_data".split()
+"""The files that take longest begin first, so that at the end no worker waits long for another."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path_factory, monkeypatch):
     """Low-rank factors go to a folder of the test session, and torch's generator starts anew."""

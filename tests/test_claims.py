@@ -270,7 +270,7 @@ def test_combinations():
 
 # ---- the file
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def document():
     return yaml.safe_load(claims.CLAIMS.read_text())
 
@@ -322,17 +322,17 @@ def test_suspect_cells_are_never_a_reference():
 
 def test_scorecard_lists_every_exhibit_and_mismatches_first(tmp_path):
     known = claims.load()
-    empty = claims.scorecard_markdown(tmp_path)
+    empty = claims.scorecard_markdown(claims.judged(tmp_path))
     for about in known.exhibits.values():
         assert f"## {about['title']}\n" in empty
     assert empty.count("**not measured**") == len(known.claims)
-    assert "Nothing has been measured" in claims.verdicts_markdown(tmp_path)
+    assert "Nothing has been measured" in claims.verdicts_markdown(claims.judged(tmp_path))
 
     frame = table(dict(value=-0.012, low=-0.02, high=-0.004),
                   dict(method="teal", rho=None, against="dense", value=-0.01, low=-0.015, high=-0.005))
     write(tmp_path, "tiny", "table-3", frame)
     write(tmp_path, "second-preset", "table-3", frame)
-    text = claims.scorecard_markdown(tmp_path)
+    text = claims.scorecard_markdown(claims.judged(tmp_path))
     assert re.findall(r":::{tab-item} (\S+)", text) == ["tiny", "second-preset"]  # that of claims.yaml first
     tab = text.partition(":::{tab-item} tiny")[2].partition("\n:::\n")[0]
     words = re.findall(r"\*\*(.+?)\*\*", tab)
@@ -340,7 +340,7 @@ def test_scorecard_lists_every_exhibit_and_mismatches_first(tmp_path):
     assert "−1.20 points [−2.00, −0.40]" in tab and "1.25 points (Llama-2-7B)" in tab
     assert all(line.count("|") == 5 for line in text.splitlines() if line.startswith("|"))
 
-    glance = claims.verdicts_markdown(tmp_path)
+    glance = claims.verdicts_markdown(claims.judged(tmp_path))
     assert "- **tiny**: 1 analogue does not hold" in glance
     assert "**analogue does not hold** on tiny" in glance
     assert all(word in claims.VERDICTS for word in re.findall(r"- \*\*(.+?)\*\* on ", glance))

@@ -11,7 +11,7 @@ from rsparse.decode.attention import Seen, StepAttention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SIZES = {  # rows, heads, kv_heads, head_dim, chunk, chunks
-    "many heads": (1, 4, 4, 32, 64, 3), "grouped": (3, 8, 2, 16, 128, 2), "one head": (2, 1, 1, 64, 192, 1),
+    "many heads": (1, 4, 4, 32, 64, 3), "grouped": (2, 8, 2, 16, 64, 2), "one head": (2, 1, 1, 64, 192, 1),
 }  # fmt: skip
 
 
@@ -93,10 +93,10 @@ def test_a_span_that_ends_behind_the_position():
 
 def test_same_bits_and_what_is_not_finite():
     case = Case(SIZES["grouped"], torch.float32)
-    first = case.found(200)[0]
-    assert all(case.found(200)[0].equal(first) for _ in range(5))
+    first = case.found(100)[0]
+    assert all(case.found(100)[0].equal(first) for _ in range(5))
     case.keys[0, 1, 0, 7] = torch.nan  # of row 1, head 0: query heads 0 to 3
-    found = case.found(200)[0].view(3, 8, 16)
+    found = case.found(100)[0].view(2, 8, 16)
     assert found[1, :4].isnan().all() and found[1, 4:].isfinite().all() and found[0].isfinite().all()
     case.keys[:] = torch.nan  # positions behind the token are not looked at
     case.values[:] = torch.inf

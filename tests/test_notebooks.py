@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 import small_checkpoint
 import yaml
@@ -142,7 +143,8 @@ def parameters(name: str, checkpoint: Path, **more) -> dict:
         wanted |= {"decoded": str(checkpoint), "layers": 0, "prompt": 4, "new": 4, "repeats": 1}
     if name == "kernels":  # the smallest linear there is
         wanted |= {"shape": "llama-3-8b", "linears": ["o"], "repeats": 2, "rounds": 1}
-    return {key: value for key, value in wanted.items() if key in parameters_of(SOURCES[name])}
+    declared = parameters_of(SOURCES[name])
+    return {key: value for key, value in wanted.items() if key in declared}
 
 
 @pytest.fixture(scope="module")
@@ -176,37 +178,68 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def kernel(read_only, tmp_path_factory):
+    """The name of a kernel that lives where the copy cannot be written; PYTHONPATH says which checkout it imports."""
+    _, command = read_only
+    folder = tmp_path_factory.mktemp("kernel")
+    program, address = str(Path(__file__).with_name("warm_kernel.py")), str(folder / "socket")
+    environment = os.environ | {"PYTHONPATH": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    server = subprocess.Popen(
+        [*command, sys.executable, program, address], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout.readline() == "ready\n"
+    request = [sys.executable, "-I", "-S", program, address, "{connection_file}"]
+    specification = {"argv": request, "display_name": "read-only", "language": "python"}
+    (folder / "kernels" / "read-only").mkdir(parents=True)
+    (folder / "kernels" / "read-only" / "kernel.json").write_text(json.dumps(specification))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder))
+        yield "read-only"
+    server.kill()
+    server.wait()
+
+
 @pytest.mark.parametrize("name", SOURCES)
-def test_alone_on_a_read_only_checkout_from_an_unrelated_folder(name, read_only, cache, checkpoint, tmp_path):
+def test_alone_on_a_read_only_checkout_from_an_unrelated_folder(
+    name, read_only, kernel, cache, checkpoint, tmp_path, monkeypatch
+):
+    """In a kernel of its own, without a module of this project from another notebook."""
     copy, command = read_only
+    monkeypatch.setenv("PYTHONPATH", str(copy))
+    monkeypatch.setenv("RSPARSE_CACHE", str(cache))
     probe = subprocess.run([*command, "touch", copy / "written"], capture_output=True, text=True)
     assert probe.returncode != 0, "the copy can be written: this test shows nothing"
-    values = tmp_path / "values.yaml"
-    values.write_text(yaml.safe_dump(parameters(name, checkpoint)))
-    executed = tmp_path / "executed.ipynb"
-    source = copy / "notebooks" / SOURCES[name].name
-    run = [
-        sys.executable,
-        "-m",
-        "papermill",
-        source,
-        executed,
-        "-f",
-        values,
-        "-k",
-        "python3",
-        "--no-progress-bar",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(copy), "RSPARSE_CACHE": str(cache)}
-    done = subprocess.run([*command, *run], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    executed, source = tmp_path / "executed.ipynb", copy / "notebooks" / SOURCES[name].name
+    given = parameters(name, checkpoint)
+    papermill.execute_notebook(source, executed, given, kernel_name=kernel, cwd=tmp_path, progress_bar=False)
     folder = cache / "interactive" / name
     written = {path.name for path in folder.iterdir() if path.is_file()}  # in folders: recipes
     assert written == {f"{name}.{end}" for end in ("csv", "json", "jsonl")}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["executed.ipynb", "values.yaml"], (
-        "left behind"
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["executed.ipynb"], "left behind"
     check_outputs(nbformat.read(executed, as_version=4))
+
+
+def test_what_runs_is_the_read_only_copy(read_only, kernel, tmp_path, monkeypatch):
+    """The kernels that notebooks get: which checkout they import and cannot write to, beginning without it."""
+    copy, _ = read_only
+    monkeypatch.setenv("PYTHONPATH", str(copy))
+    code = f"""import os, sys
+started_with = [x for x in sys.modules if x.split(".")[0] in ("rsparse", "kernels")]
+import rsparse, kernels
+try:
+    open({str(copy / "written")!r}, "w")
+except OSError:
+    print(rsparse.__file__, kernels.__file__, os.getcwd(), started_with)"""
+    manager, client = start_new_kernel(kernel_name=kernel, cwd=str(tmp_path))
+    said = []
+    try:
+        client.execute_interactive(code, output_hook=lambda message: said.append(message["content"].get("text", "")))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    files = [copy / package / "__init__.py" for package in ("rsparse", "kernels")]
+    assert "".join(said).split() == [*map(str, files), str(tmp_path), "[]"]
 
 
 def check_outputs(notebook: nbformat.NotebookNode) -> None:
@@ -227,7 +260,9 @@ def check_outputs(notebook: nbformat.NotebookNode) -> None:
 
 
 @pytest.mark.parametrize("place", ["root", "notebooks"])
-def test_from_other_folders_a_rerun_computes_nothing(place, cache, checkpoint, tmp_path, monkeypatch):
+def test_from_other_folders_a_rerun_computes_nothing(
+    place, kernel, cache, checkpoint, tmp_path, monkeypatch
+):
     """One kernel for all notebooks, emptied between them, as one would in Jupyter: imports take the most
     time."""
     finished = [name for name in SOURCES if (cache / "interactive" / name / f"{name}.jsonl").exists()]
@@ -238,7 +273,7 @@ def test_from_other_folders_a_rerun_computes_nothing(place, cache, checkpoint, t
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = {"root": ROOT, "notebooks": HERE.notebooks}[place]
     before = sorted(folder.iterdir())
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+    manager, client = start_new_kernel(kernel_name=kernel, cwd=str(folder))
     try:
         for name in finished:
             rerun(name, tmp_path / "results" / name, checkpoint, manager, client)
@@ -246,7 +281,7 @@ def test_from_other_folders_a_rerun_computes_nothing(place, cache, checkpoint, t
                 root / name / f"{name}.csv" for root in (cache / "interactive", tmp_path / "results")
             )
             assert kept.read_text() == again.read_text()
-            client.execute_interactive("%reset -f", silent=True)
+            client.execute_interactive("%reset_selective -f .", silent=True)  # %reset takes half a second
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

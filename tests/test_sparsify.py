@@ -431,7 +431,7 @@ def test_nan_surfaces_in_the_logits(build, ids, logits, where):
 class TestTiny:
     """The embedded default: a trained model, its own calibration text and held-out text."""
 
-    CALIBRATION, HELDOUT = (16, 256), (6, 256)
+    CALIBRATION, HELDOUT = (8, 256), (4, 256)
 
     @pytest.fixture
     def tiny(self):
