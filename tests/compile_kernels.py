@@ -116,9 +116,11 @@ def launches() -> Iterator[tuple[str, object, dict, dict, dict]]:
         if not int4:
             for span, window, kv in ((512, False, 32), (4096, True, 8)):
                 given = attention(dtype, span, window, kv)
-                yield f"attention {name} {span}", triton_attention._attend, *given, {"num_warps": triton_attention.WARPS}
+                options = {"num_warps": triton_attention.WARPS}
+                yield f"attention {name} {span}", triton_attention._attend, *given, options
             for chosen in (False, True):
-                yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen), {"num_warps": triton_neurons.WARPS}
+                options = {"num_warps": triton_neurons.WARPS}
+                yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen), options
 
 
 def resources(kernel) -> tuple[int, int]:
