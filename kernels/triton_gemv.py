@@ -202,29 +202,32 @@ def _leave(out, sums, m, columns, TOKENS: tl.constexpr, PAD: tl.constexpr):
 def _reduce(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2, first,
             second, blocks, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
             GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Outputs of one token at a block of columns, out of all parts."""
+    """Outputs of one token at a block of columns, out of all parts. What is added or multiplied is loaded first, to
+    come while the parts do."""
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     if GATED:
-        inside = columns < m0
-        gate = _total(partial, bias, TOKENS * m, columns, columns, inside, parts, BIAS, COLUMNS, PARTS)
-        up = _total(partial, bias + m0 if BIAS else bias, TOKENS * m, first * COLUMNS + columns, columns, inside, parts,
-                    BIAS, COLUMNS, PARTS)  # fmt: skip
-        total = gate * tl.sigmoid(gate) * up
-        place = token * m0 + columns
+        within, inside, place, of_bias = columns, columns < m0, token * m0 + columns, bias
     else:
         before = tl.where(segment == 0, 0, tl.where(segment == 1, first, first + second)) * COLUMNS
         start = tl.where(segment == 0, 0, tl.where(segment == 1, m0, m0 + m1))
         within = columns - before
         inside = within < tl.where(segment == 0, m0, tl.where(segment == 1, m1, m2))
-        total = _total(partial, bias + start if BIAS else bias, TOKENS * m, columns, within, inside, parts, BIAS,
-                       COLUMNS, PARTS)  # fmt: skip
-        place = token * (m0 + m1 + m2) + start + within
+        place, of_bias = token * (m0 + m1 + m2) + start + within, bias + start if BIAS else bias
     if RESIDUAL:
-        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, total, mask=inside)
+        added = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     if NEXT:  # of a single segment
+        weight = tl.load(next + columns, mask=inside, other=0.0).to(tl.float32)
+    total = _total(partial, of_bias, TOKENS * m, columns, within, inside, parts, BIAS, COLUMNS, PARTS)
+    if GATED:
+        up = _total(partial, bias + m0 if BIAS else bias, TOKENS * m, first * COLUMNS + columns, columns, inside, parts,
+                    BIAS, COLUMNS, PARTS)  # fmt: skip
+        total = total * tl.sigmoid(total) * up
+    if RESIDUAL:
+        total += added
+    tl.store(y + place, total, mask=inside)
+    if NEXT:
         stored = tl.where(inside, total.to(y.dtype.element_ty).to(tl.float32), 0.0)
-        tl.store(weighted + place, stored * tl.load(next + columns, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        tl.store(weighted + place, stored * weight, mask=inside)
         tl.store(squares + token * blocks + block, tl.sum(stored * stored, axis=0))
 
 
