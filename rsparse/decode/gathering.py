@@ -30,8 +30,8 @@ TUNED = 0.05
 
 ROWS = 16
 """Rows of a batch up to which a GPU gathers. Where they want nearly every channel together, that takes up to 1.7 times
-a dense product (H100, eight rows, 50% each: data/results/kernels); the plain product of s(x) from a table took four
-times one (H200, two rows), in a dozen launches."""
+a dense product (H100, eight rows, 50% each: data/results/kernels); the plain product of s(x) from a table is slower
+still, in a dozen launches."""
 
 
 def unsupported(model: nn.Module) -> str | None:
