@@ -72,7 +72,7 @@ class Gemv(nn.Module):
         if self.takes(1) == "triton":
             from kernels import triton_gemv
 
-            self.configuration = configuration or triton_gemv.Configuration()
+            self.configuration = configuration or triton_gemv.Configuration(packing.COLUMNS if int4 else 64)
             made = triton_gemv.workspace(packed, self.configuration, max(1, self.most_tokens)) if like is None else None
             self.work = like.work if made is None else (made.partial, made.z, made.flags, made.scratch)
         # not a submodule: a chain of modules would hold itself

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import triton_tiles as tiles
-from kernels.packing import Packed
+from kernels.packing import COLUMNS, Packed
 from kernels.quantized import GROUP
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -276,12 +276,17 @@ class Grid:
 
 
 def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Grid:
-    """The grid of one launch. ValueError for more tokens than `MOST_TOKENS`, or than 1 for INT4."""
+    """The grid of one launch. ValueError for more tokens than `MOST_TOKENS`, or than 1 for INT4, and for a
+    configuration that does not fit the table."""
     int4 = packed.scales is not None
     most = 1 if int4 else MOST_TOKENS
     if not 1 <= tokens <= most:
         raise ValueError(f"{tokens} tokens; expected 1 to {most}")
     n, r, segments, columns = packed.channels, packed.B.shape[1], len(packed.widths), configuration.columns
+    if any(width % columns for width in packed.padded):
+        raise ValueError(f"columns is {columns}; expected a divisor of the segments' {packed.padded}")
+    if int4 and (columns < COLUMNS or not 8 <= configuration.rows <= GROUP or configuration.warps > 1):
+        raise ValueError(f"{configuration}; expected at least {COLUMNS} columns, 8 to {GROUP} rows and 1 warp for INT4")
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)
     listed = configuration.listed or tokens > 1
     rank_rows = max(min(32, 2048 // columns), 16 if tokens > 1 else 1)

@@ -417,7 +417,12 @@ def test_int4_keeps_to_its_own():
         pack([int4(one), one])
     packed = pack([int4(one)])
     with pytest.raises(ValueError, match="2 tokens; expected 1 to 1"):
-        triton_gemv.workspace(packed, Configuration(), 2)
+        triton_gemv.workspace(packed, Configuration(128), 2)
+    for wrong in (Configuration(64), Configuration(128, 4), Configuration(128, 256), Configuration(128, warps=2)):
+        with pytest.raises(ValueError, match="at least 128 columns, 8 to 128 rows and 1 warp for INT4"):
+            triton_gemv.workspace(packed, wrong)
+    with pytest.raises(ValueError, match="columns is 256; expected a divisor"):
+        triton_gemv.workspace(packed, Configuration(256))
 
 
 # Neurons of an MLP

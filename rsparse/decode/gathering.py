@@ -129,7 +129,8 @@ class Gathering:
         if packed.table.is_cuda:
             view_of(packed, linears)
         shares = tuple(round(x / packed.channels / TUNED) * TUNED for x in kept)
-        key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, gated, norm is None, shares
+        words = packed.scales is not None
+        key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, words, gated, norm is None, shares
         first = self._first.get(key)
         front, after = (norm and _front(norm)), (self._stream if norm is not None else None)
         configuration = first.configuration if first else _configuration(packed, gated, shares, front)
