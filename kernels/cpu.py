@@ -1,4 +1,4 @@
-"""The product of few tokens on a CPU: one embedding bag per chunk of columns, whose entries are the kept channels.
+"""The product of few tokens on a CPU: embedding bags per chunk of columns, whose entries are the kept channels.
 
 A bag is a weighted sum of rows of the chunk, W^T's for the kept channels and A^T's for the low-rank path, so it reads
 no row that is not asked for. Every bag sums its rows in order, so results do not depend on the number of threads.

@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALIGNED = 8
 """Ranks are padded to a multiple, so that 16-bit rows of B^T begin at 16 bytes."""
 COLUMNS = 128
-"""Columns of a segment are padded to a multiple: every block of columns of every kernel is whole. INT4 has blocks of
+"""Columns of a segment are padded to a multiple: blocks of so many columns or fewer are whole. INT4 has blocks of
 so many, which hold column 16 k + c of a block in bits 4 k of word c."""
 CHUNK = 512
 """Columns of a chunk on a CPU: enough work for a thread between two barriers, few enough that every thread has some."""

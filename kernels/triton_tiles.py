@@ -175,7 +175,7 @@ def listed(x, table, front, scale, entries, count, m, columns, ROWS: tl.constexp
            COLUMNS: tl.constexpr, FRONT: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """`masked` over a list of `count` kept channels, so that every tile is full; behind it, row 0 is read in vain. A
     sum per place of the tile is fastest where a warp's registers hold them, else one per row that it loads at once."""
-    WIDE: tl.constexpr = COLUMNS // 8 * ROWS > 8 * SUB * COLUMNS // 8
+    WIDE: tl.constexpr = ROWS > 8 * SUB
     position = place_of(ROWS, SUB)
     block = table + columns[None, None, :]
     if not WIDE:

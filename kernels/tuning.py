@@ -23,7 +23,7 @@ KINDS = {
     "32 bit": ((32, 32, 1, False), (64, 16, 1, True), (64, 32, 1, True)),
     "int4": ((128, 16, 1, True), (128, 32, 1, True), (256, 16, 1, True), (128, 32, 1, False)),
 }
-"""Storage -> columns, rows, warps and whether listed. Rows of 128 bytes, as many in flight as registers hold."""
+"""Storage -> columns, rows, warps and whether listed. Rows of 64 to 256 bytes, as many in flight as registers hold."""
 SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
 PROGRAMS = (512, 8192)
 """Of a launch: fewer leave processors idle, more have too little to do for what their sums cost."""
@@ -72,7 +72,7 @@ def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: floa
 def configuration_for(packed: Packed, gated: bool, shares: Sequence[float],
                       norm: tuple[torch.Tensor, float] | None = None):  # fmt: skip
     """What `tune` finds for one token on weights of the shape of `packed` of which segment i reads `shares[i]` of its
-    channels: measured on random copies. norm: that x passes first; two warps gain without one and lose with it."""
+    channels: measured on random copies. norm: that x passes first, which shifts what is fastest."""
     from kernels.triton_gemv import Configuration
 
     sparsity = 1 - sum(s * m for s, m in zip(shares, packed.widths, strict=True)) / packed.rows

@@ -30,8 +30,8 @@ TUNED = 0.05
 
 ROWS = 16
 """Rows of a batch up to which a GPU gathers. Where they want nearly every channel together, that takes up to 1.7 times
-a dense product (H100, eight rows, 50% each: data/results/kernels); the plain product of s(x) from a table is slower
-still, in a dozen launches."""
+a dense product (H100, eight rows, 50% each: data/results/kernels); the plain product of s(x) from a table takes a
+dozen launches."""
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -43,7 +43,7 @@ def unsupported(model: nn.Module) -> str | None:
         return f"there is no kernel on {weight.device}"
     if (act := model.config.hidden_act) not in ("silu", "swish"):
         return f"the activation is {act}"
-    int4 = any(isinstance(x, Int4Linear) for x in model.modules())
+    int4 = has_words(model)
     reasons = (_unsupported(place.name, module, int4) for place, module in masks_of(model).values())
     return next((x for x in reasons if x), None)
 
