@@ -395,6 +395,7 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
     EACH: tl.constexpr = WORDS // 8
     lane = tl.arange(0, 32)
     word_of = (lane // 4)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    stride = m // 128 * 16  # of a row, in words; not m / 8, which could not be seen to hold whole vectors
     words, step_of = table + block * WORDS + word_of, steps + block * COLUMNS + _column(word_of)
     if LISTED:
         tiles = list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS, NORMS, FRONT, VOTES)
@@ -406,7 +407,7 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
     for number in range(tiles):
         loaded, step = (), ()
         for four in tl.static_range(ROWS // 4):
-            loaded = loaded + (tl.load(words + rows[four][:, None] * (m // 8), mask=keeps[four][:, None], other=0,
+            loaded = loaded + (tl.load(words + rows[four][:, None] * stride, mask=keeps[four][:, None], other=0,
                                        eviction_policy="evict_first"),)  # fmt: skip
         for i in tl.static_range(8):
             step = step + (tl.load(step_of + group * m + 16 * _nibble(i)),)

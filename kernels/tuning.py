@@ -35,8 +35,8 @@ def storage(packed: Packed) -> str:
 
 
 def candidates(packed: Packed) -> list:
-    """Configurations worth trying."""
-    from kernels.triton_gemv import Configuration
+    """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one."""
+    from kernels.triton_gemv import Configuration, grid_of
 
     kinds = [x for x in KINDS[storage(packed)] if not any(columns % x[0] for columns in packed.padded)]
     found = [
@@ -44,7 +44,8 @@ def candidates(packed: Packed) -> list:
         for (columns, rows, warps, listed), splits in product(kinds, SPLITS)
         if PROGRAMS[0] <= sum(packed.padded) // columns * splits <= PROGRAMS[1] and splits <= packed.channels // 64
     ]
-    return found or [Configuration(*kind[:2], SPLITS[0], *kind[2:]) for kind in kinds]
+    found = found or [Configuration(*kind[:2], SPLITS[0], *kind[2:]) for kind in kinds]
+    return list(dict.fromkeys(replace(x, splits=grid_of(packed, x).splits) for x in found))
 
 
 def cache_path() -> Path:

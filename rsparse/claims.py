@@ -210,8 +210,9 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Judged:
-    """The tables that were read, as `tables` has them, and the verdicts on them, as `evaluate` has them."""
+    """The claims, the tables that were read, as `tables` has them, and the verdicts, as `evaluate` has them."""
 
+    claims: Claims
     tables: Mapping[str, Mapping[str, pd.DataFrame]]
     verdicts: list[Verdict]
 
@@ -222,7 +223,7 @@ def judged(
     """Read and judged once, for all that is written about it."""
     known, measured = claims or _claims(), tables(results_root, runs)
     verdicts = [judge(claim, name, found, known) for claim in known.claims for name, found in measured.items()]
-    return Judged(measured, verdicts)
+    return Judged(known, measured, verdicts)
 
 
 @cache
@@ -282,7 +283,7 @@ def scorecard_markdown(read: Judged) -> str:
 
     An exhibit that no preset measured still lists its claims.
     """
-    known, measured, verdicts = _claims(), read.tables, read.verdicts
+    known, measured, verdicts = read.claims, read.tables, read.verdicts
     parts = []
     for exhibit, about in known.exhibits.items():
         claims = [claim for claim in known.claims if claim.exhibit == exhibit]

@@ -4,6 +4,7 @@ tests run under Triton's interpreter, which has to be chosen before Triton is im
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,13 +134,29 @@ def resources(kernel) -> tuple[int, int]:
     return int(told.split("REG:")[1].split()[0]), int(told.split("STACK:")[1].split()[0])
 
 
+def weight_loads(kernel) -> set[int]:
+    """Bytes of a thread's loads of weights, which alone are not kept in the cache."""
+    loads = re.findall(r"ld\.global\S*L1::evict_first\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+    return {int(count or 1) * int(bits) // 8 for count, bits in loads}
+
+
+def lanes_are_rows(kernel) -> bool:
+    """Whether every tensor that the tensor cores' assembly takes has row i in lane i, as `triton_tiles.int4` has it."""
+    text = kernel.asm["ttgir"]
+    given = [line for line in text.splitlines() if "elementwise_inline_asm" in line and "mma.sync" in line]
+    layouts = {name for line in given for name in re.findall(r"tensor<32x\d+x\w+, (#\w+)>", line)}
+    threads = [re.search(rf"{name} = #ttg\.blocked<.*threadsPerWarp = \[32, 1\]", text) for name in layouts]
+    return bool(given) and bool(layouts) and all(threads)
+
+
 def main() -> None:
     built = []
     for arch, (what, kernel, given, constants, options) in product(map(int, sys.argv[1:]), list(launches())):
         made = build(kernel, arch, given, constants, options)
         registers, spilled = resources(made)
         built.append({"arch": arch, "what": what, "shared": made.metadata.shared, "registers": registers,
-                      "spilled": spilled, "wide": "v4.b32" in made.asm["ptx"]})  # fmt: skip
+                      "spilled": spilled, "loads": sorted(weight_loads(made)),
+                      "lanes": lanes_are_rows(made)})  # fmt: skip
     print(json.dumps(built))
 
 

@@ -183,7 +183,7 @@ def test_int4_words(build, ids, monkeypatch, name):
     monkeypatch.setattr(gathering, "_words", lambda x: isinstance(gathering._own(x), int4.Int4Linear))
     expected = their_logits(model, ids, 20)
     engine = Engine(model)
-    assert engine.linears == "kernels: cpu, INT4"
+    assert engine.linears == "kernels: cpu, INT4 for one row"
     step = engine.decoder.blocks[0].step
     slots = [step.qkv, step.out, step.gated, step.down]
     assert all(isinstance(x, OneRow) and x.kernel.packed.table.dtype == torch.int32 for x in slots)
@@ -200,3 +200,15 @@ def test_int4_neurons_have_no_kernel_of_words(build, ids, monkeypatch):
     assert error(Engine(model).logits(ids[:1], 20), their_logits(model, ids[:1], 20)) < 2e-5
     monkeypatch.setattr(gathering, "_words", lambda x: isinstance(gathering._own(x), int4.Int4Linear))
     assert "is a SparseActivation of INT4 weights" in unsupported(model)
+
+
+def test_an_engine_belongs_to_its_codes(build, ids, monkeypatch):
+    """Other codes may come to lie where its own did."""
+    monkeypatch.setattr("rsparse.decode.engine._places", lambda model: "as before")
+    model = build("float32", hidden_size=128, intermediate_size=256, num_key_value_heads=4)
+    int4.hang(model, lambda linear: int4.nearest(linear.module.weight))
+    engine = Engine(model)
+    assert engine.fits(model)
+    int4.restore(model)
+    int4.hang(model, lambda linear: int4.nearest(-linear.module.weight))
+    assert not engine.fits(model)

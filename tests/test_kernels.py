@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from kernels import bench, cpu, inputs, operations, packing, quantized, reference, shapes, triton_gemv
+from kernels import bench, cpu, inputs, operations, packing, quantized, reference, shapes, triton_gemv, tuning
 from kernels.operations import Gemv, Neurons
 from kernels.packing import Segment, pack
 from kernels.triton_gemv import Configuration
@@ -543,3 +543,17 @@ def test_a_model_of_packed_linears_is_held_once():
     asked = one.weight.nbytes + one.A.nbytes + one.B.nbytes
     for chunked in (True, False):
         assert pack([one] * 3, chunked).nbytes < 1.02 * 3 * asked
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_candidates_are_distinct_grids(int4):
+    """A row names the splits that ran, and none is timed twice."""
+    weight = torch.empty(4096, 11008, dtype=torch.bfloat16, device="meta")
+    if int4:
+        weight = quantized.Quantized(weight.to(torch.uint8), weight[:, ::128])
+    packed = pack([Segment(weight, 0.5)], chunked=False)
+    found = tuning.candidates(packed)
+    grids = [triton_gemv.grid_of(packed, x) for x in found]
+    assert len(found) == len(set(found)) > 5
+    assert [grid.splits for grid in grids] == [x.splits for x in found]
+    assert {x.splits for x in found if x.columns == 128} >= ({43, 86} if int4 else {16, 32})

@@ -26,4 +26,10 @@ def test_every_configuration_compiles(arch):
     assert kinds >= {"fp32 1", "fp16 1", "bf16 1", "bf16 4", "int4 bf16 1", "attention bf16 512"}
     assert max(x["shared"] for x in built) <= 99 * 1024
     assert max(x["spilled"] for x in built) <= 128
-    assert all(x["wide"] for x in built), "weights are read 16 bytes at a time"
+    for x in built:
+        kind, _, columns = x["what"].partition(" [")
+        if kind.endswith(" 1"):
+            narrow = kind.startswith("int4") and columns.startswith("128")  # 32 lanes, four rows of 64 bytes
+            assert x["loads"] == [8 if narrow else 16], f"{x}: bytes that a thread reads of a weight at a time"
+        if kind in ("int4 fp16 1", "int4 bf16 1"):
+            assert x["lanes"], f"{x}: tensor cores are given rows of other lanes"

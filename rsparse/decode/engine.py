@@ -72,13 +72,14 @@ class Engine:
         self._masked = [module for _, module in masks_of(model).values()]
         self._steps: Steps | None = None
         self._text: object = None
-        self._places = _places(model)
+        self._places, self._int4 = _places(model), model.__dict__.get("_rsparse_int4")
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether this engine still does what `model` says: its method in place, weights and settings where they
-        were."""
+        """Whether this engine still does what `model` says: its method and its INT4 codes in place, weights and
+        settings where they were."""
         settings = model.config is self.config and getattr(model, "generation_config", None) is self.generation_config
-        return settings and getattr(model, "_rsparse", None) is self._method and _places(model) == self._places
+        hung = getattr(model, "_rsparse", None) is self._method and model.__dict__.get("_rsparse_int4") is self._int4
+        return settings and hung and _places(model) == self._places
 
     def generate(
         self,
@@ -282,7 +283,7 @@ def _builder(model: nn.Module, sparse: bool) -> tuple[Builder, str]:
     if reason := unsupported(model):
         return projections.reference, f"reference: {reason}"
     where = "triton" if model.model.embed_tokens.weight.is_cuda else "cpu"
-    return Gathering(model), f"kernels: {where}{', INT4' * has_words(model)}"
+    return Gathering(model), f"kernels: {where}{', INT4 for one row' * has_words(model)}"
 
 
 def _places(model: nn.Module) -> tuple:
