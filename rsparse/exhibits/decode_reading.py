@@ -265,9 +265,12 @@ def teal_reading(own: pd.DataFrame) -> str:
 
 
 def parts(frame: pd.DataFrame) -> pd.DataFrame:
-    """One text's steps by part after the longest prompt: our dense engine and every method at half or nearest to it."""
+    """One text's steps by part: our dense engine and every method at half or nearest to it, of every model and storage
+    after the longest prompt."""
     own = whole(at(frame, batch=1))
-    return _by_part(own[own["prompt"] == own["prompt"].max()])
+    own = own[own["step_parts_s.step"].notna()] if "step_parts_s.step" in own else own.iloc[:0]
+    longest = own.groupby(["model", "dtype"])["prompt"].transform("max") if len(own) else own["prompt"]
+    return _by_part(own[own["prompt"] == longest])
 
 
 def _by_part(own: pd.DataFrame) -> pd.DataFrame:
@@ -291,7 +294,8 @@ def part_bars(own: pd.DataFrame) -> pd.DataFrame:
 
 def part_table(own: pd.DataFrame) -> pd.DataFrame:
     """Milliseconds of every part, of the whole step, and of what weights' bytes do not explain."""
-    found = pd.DataFrame({"model": own["model"], "storage": own["dtype"], "row": [label(x) for _, x in own.iterrows()]})
+    found = pd.DataFrame({"model": own["model"], "storage": own["dtype"], "prompt": own["prompt"].astype(int),
+                          "row": [label(x) for _, x in own.iterrows()]})  # fmt: skip
     for part, title in PARTS.items():
         found[title] = 1e3 * own[f"step_parts_s.{part}"]
     return found.assign(**{"step": 1e3 * own["step_parts_s.step"], "beside the weights": 1e3 * own["non_weight_s"]})
@@ -304,8 +308,9 @@ def part_reading(own: pd.DataFrame) -> str:
     rest = own["step_parts_s.attention"] / step
     names = pd.Series([label(row) for _, row in own.iterrows()], own.index)
     said = [f"{_span(100 * part, 0)}% of {name}'s" for name, part in products.groupby(names, sort=False)]
-    return (f"The four products, which a method can make sparse, take {listed(said)} step, over models and storages; "
-            f"attention takes {_span(100 * rest, 0)}%.")  # fmt: skip
+    prompts = listed([str(x) for x in sorted({int(x) for x in own["prompt"]})])
+    return (f"The four products, which a method can make sparse, take {listed(said)} step, over models, storages and "
+            f"prompts of {prompts} tokens; attention takes {_span(100 * rest, 0)}%.")  # fmt: skip
 
 
 # Sparsity
@@ -313,12 +318,13 @@ def part_reading(own: pd.DataFrame) -> str:
 
 def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     """One text's rows of methods at a sparsity that have our dense engine beside them; of every model and storage the
-    lengths with the most rows, the longest prompt of several."""
+    lengths with the most rows, the shortest prompt of several."""
     own = whole(at(frame, batch=1))
     own = own.assign(ratio=over(own, "dense", own)).dropna(subset=["ratio"])
     own = own[own["name"].isin(METHODS) & (own["sparsity"] > 0)]
     sizes = own.groupby(["model", "dtype", "prompt", "new"]).size().reset_index(name="rows")
-    most = sizes.sort_values(["rows", "prompt", "new"]).drop_duplicates(["model", "dtype"], keep="last")
+    order = sizes.sort_values(["rows", "prompt", "new"], ascending=[False, True, True])
+    most = order.drop_duplicates(["model", "dtype"])
     keys = ["model", "dtype", "prompt", "new"]
     return ordered(own.merge(most[keys], on=keys)) if len(own) else own
 

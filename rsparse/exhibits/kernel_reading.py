@@ -69,6 +69,7 @@ def coverage(frame: pd.DataFrame) -> pd.DataFrame:
             "shapes": ", ".join(sorted(set(own["shape"]))), "bytes left unread (%)": _percents(own["sparsity"]),
             "tokens": ", ".join(f"{x:.0f}" for x in sorted(set(own["batch"]))),
             "inputs": ", ".join(x for x in INPUTS if x in set(own["inputs"])), "timings": len(own),
+            "taken": " to ".join(sorted({own["date"].min(), own["date"].max()})),
         })  # fmt: skip
     return pd.DataFrame(found)
 
