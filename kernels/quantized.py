@@ -56,7 +56,8 @@ class Quantized:
 
 
 def round_to_nearest(weight: Tensor) -> Quantized:
-    """The nearest codes of `weight` (m, n), its largest magnitude in a group at code 1 or 15: GPTQ's control.
+    """The nearest codes of `weight` (m, n) on GPTQ's own grid, whose step is a group's largest magnitude / 7.5: its
+    control, which makes up for no error.
 
     ValueError where n is no multiple of 128.
     """
@@ -64,7 +65,7 @@ def round_to_nearest(weight: Tensor) -> Quantized:
     if n % GROUP:
         raise ValueError(f"the weight has {n} inputs; expected a multiple of {GROUP}")
     groups = weight.detach().float().view(m, -1, GROUP)
-    scales = (groups.abs().amax(2) / 7).clamp_min(torch.finfo(torch.float16).tiny).to(weight.dtype)
+    scales = (groups.abs().amax(2) / 7.5).clamp_min(torch.finfo(torch.float16).tiny).to(weight.dtype)
     codes = (groups / scales.float()[:, :, None]).round().clamp(-ZERO, 7) + ZERO
     return Quantized(codes.view(m, n).to(torch.uint8), scales)
 

@@ -50,7 +50,8 @@ def kept_codes(model: nn.Module, ids: Tensor) -> Path:
 
     Lies in the cache folder, see rsparse.paths. ValueError where they have to be made and the library is missing.
     """
-    folder = cache_folder() / "gptq" / Calibration(model, ids).key
+    made = f"{Calibration(model, ids).key}-{_version()}-{DAMPING}-{GROUP}"
+    folder = cache_folder() / "gptq" / made
     if not gptq_checkpoint.is_saved(folder):
         write(folder, model, ids)
     return folder
@@ -60,7 +61,7 @@ def write(folder: Path, model: nn.Module, ids: Tensor, text: str = "") -> None:
     """Quantise the dense `model` and write its codes to `folder`. text: where the ids come from, for the record."""
     about = {"samples": len(ids), "length": ids.shape[1], "text": text, "damp_percent": DAMPING}
     codes = quantize(model, ids)
-    made = {"quantizer": f"{LIBRARY}:{metadata.version(LIBRARY)}"}
+    made = {"quantizer": f"{LIBRARY}:{_version()}"}
     gptq_checkpoint.save(folder, model, codes, made | about)
 
 
@@ -93,6 +94,14 @@ def quantize(model: nn.Module, ids: Tensor) -> dict[str, Quantized]:
             twin(sample.to(device))
         twin = convert(twin)
     return {x.name: from_gptq(x.module.qweight.cpu(), x.module.scales.cpu()) for x in decoder_linears(twin)}
+
+
+def _version() -> str:
+    """Of the library; "none" where it is not installed, which has made no codes."""
+    try:
+        return metadata.version(LIBRARY)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _library() -> tuple:

@@ -30,8 +30,9 @@ FACTORS = ("float32", "float16", "bfloat16", STORED)
 class Int4Linear(nn.Linear):
     """A linear y = W x + b with W (m, n) dequantised in `dtype`; holds codes and scales as a GPTQ checkpoint does.
 
-    quantized: codes and scales. factor_dtype: one of FACTORS, of the factors that a method adds. ValueError where
-    INT4 factors do not fit.
+    quantized: codes and scales. factor_dtype: one of FACTORS, of the factors that a method adds, which are held in
+    `dtype` as the weight is: 16 bits are bfloat16's in a bfloat16 model. ValueError where INT4 factors do not fit, and
+    for factors wider than `dtype`, which would be counted and not held.
     """
 
     stored = STORED
@@ -42,6 +43,8 @@ class Int4Linear(nn.Linear):
         m, n = quantized.shape
         super().__init__(n, m, bias=False, device="meta")
         self.factor_dtype = check_factors(factor_dtype)
+        if factor_dtype != STORED and DTYPES[factor_dtype].itemsize > dtype.itemsize:
+            raise ValueError(f"factor_dtype is {factor_dtype!r}; expected no more bits than the model's {dtype}")
         if factor_dtype == STORED and self.out_features % GROUP:
             raise ValueError(f"the weight has {self.out_features} outputs; INT4 factors need a multiple of {GROUP}")
         packed, device = to_gptq(quantized), quantized.device

@@ -14,7 +14,8 @@ An *expression* is a number of the tables with its uncertainty:
 
 A *predicate* is true, false, undecided, or not measured:
 
-    {left: x, is: ">", right: y, margin: 0}         also >=, <, <=; compares x - y with +-margin
+    {left: x, is: ">", right: y, margin: 0}         also >=, <, <=: x - y is above the margin, or below its
+                                                    negative; what may be missed stands in y, not in a margin
     {left: x, is: within, right: y, tolerance: t}   |x - y| at most t
     {left: x, is: matches, right: y, stderrs: 2}    |x - y| at most that many of our standard errors
     {all: [...]}  {any: [...]}  {first: [...]}      first: the first that is measured

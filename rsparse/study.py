@@ -368,10 +368,14 @@ class Study:
             here = realised().realised  # NaN where everything had been measured before: the held-out text under "all"
             here = columns["realised"] if math.isnan(here) and tokens == "all" else here
             rows = [row | {"realised_here": here} for row in rows]
-            costs = [cost | {"sparsity": setting.sparsity} for cost in self._costs]
-            self._costs.clear()
-            kept = self.table.add(key, rows, items, costs, setting.columns())
+            kept = self.table.add(key, rows, items, self.spent(setting), setting.columns())
         return kept["items"]
+
+    def spent(self, setting: Setting) -> list[dict[str, Any]]:
+        """What was done for `setting` since rows were last kept, as costs of `Table.add`; forgotten here."""
+        costs = [cost | {"sparsity": setting.sparsity} for cost in self._costs]
+        self._costs.clear()
+        return costs
 
     def _sparsify(self, setting: Setting, calibration: Calibration) -> None:
         with self.costing("calibrate", calibration.ids.numel() if setting.calibrated else 0) as costs:

@@ -92,6 +92,51 @@ def test_the_bias_matrix_is_the_stacked_one(study, bridged):
         assert own["stable_rank"] == pytest.approx(float((S**2).sum() / S[0] ** 2), rel=1e-3)
         assert own["stable_rank_share"] == pytest.approx(own["stable_rank"] / min(x.shape))
         assert rows.loc[chosen, "n"].eq(140).all()
+        first = inputs[x.name][:70]
+        S = torch.linalg.svdvals((first * (first.abs() <= levels.threshold)) @ W.T)
+        chosen = (rows["task"] == "dropped-values") & (rows["score"] == "magnitude") & (rows["linear"] == x.kind)
+        own = rows[chosen & (rows["metric"] == "stable_rank")].iloc[0]
+        assert own["value"] == pytest.approx(float((S**2).sum() / S[0] ** 2), rel=1e-3)
+        assert own["n"] == 70 and own["sparsity"] == 0.8
+
+
+def test_the_signed_bias_matrix_has_levels_of_its_own(study, bridged):
+    _, rows = bridged
+    model, ids = study.dense(), study.calibration(0).ids
+    x = next(x for x in decoder_linears(model) if x.layer == 1 and x.kind == "down")
+    levels = collect(model, ids, [x])[1, x.site].levels(0.8, 2, "signed")
+    inputs = recorded(model, ids)[0][x.name][:70]
+    S = torch.linalg.svdvals(levels.parts(inputs).flatten(0, 1).double() @ x.module.weight.detach().double().T)
+    own = rows[(rows["task"] == "bias-matrix") & (rows["score"] == "signed") & (rows["linear"] == "down")]
+    found = own.set_index("metric")["value"]["stable_rank"]
+    assert found == pytest.approx(float((S**2).sum() / S[0] ** 2), rel=1e-3)
+
+
+def test_the_weight_and_the_curves_are_written_out(study, bridged):
+    """W's own stable rank, errors at shares of the rank, and the spectrum that is drawn."""
+    curves, rows = bridged
+    inputs = recorded(study.dense(), study.heldout)[0]
+    calibration = study.calibration(0)
+    for x in [x for x in decoder_linears(study.dense()) if x.layer == 1]:
+        W, full = x.module.weight.detach().double(), min(x.shape)
+        S = torch.linalg.svdvals(W)
+        own = rows[(rows["task"] == "weight") & (rows["linear"] == x.kind)].set_index("metric")["value"]
+        assert own["stable_rank"] == pytest.approx(float((S**2).sum() / S[0] ** 2), rel=1e-5)
+        split = split_budget(*x.shape, 0.5, 0.7)
+        threshold = calibration.statistics(x, MAGNITUDE).quantile(1 - split.kept / x.channels)
+        E = inputs[x.name] * (inputs[x.name].abs() <= threshold)
+        R, U = E @ W.T, torch.linalg.svd(W).U
+        part = rows[(rows["task"] == "residual") & (rows["linear"] == x.kind) & (rows["factors"] == "svd")]
+        for share in (0.1, 0.25, 0.5):
+            rank = max(1, int(share * full))
+            left = R - R @ U[:, :rank] @ U[:, :rank].T
+            one = part[part["at"] == f"{share:.0%}"].iloc[0]
+            assert one["rank"] == rank
+            assert one["value"] == pytest.approx(float(left.square().sum() / R.square().sum()), abs=2e-3)
+        S = torch.linalg.svdvals(R)
+        drawn = curves[1, x.kind]
+        at = torch.tensor([int(r) for r in drawn["ranks"] if r <= len(S)]) - 1
+        np.testing.assert_allclose(drawn["spectrum"][: len(at)], S[at] / S[0], atol=2e-3)
 
 
 def test_the_residuals_are_those_of_the_mask(study, bridged):
@@ -137,14 +182,16 @@ def test_a_second_run_measures_nothing(study, phased, bridged, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [(dict(sparsities=[1.0]), "sparsities are"), (dict(sides=["both"]), "sides"), (dict(tasks=["mmlu"]), "tasks are"),
-     (dict(phases=[1.5]), "phases")],
+     (dict(phases=[1.5]), "phases"), (dict(phases=[0]), "phases"), (dict(phases=[]), "phases"),
+     (dict(sides=[]), "sides")],
 )  # fmt: skip
 def test_phases_that_cannot_be_are_refused(change, said):
     with pytest.raises(ValueError, match=said):
         multi_phase.Plan(**PHASES | change)
 
 
-@pytest.mark.parametrize("change", [dict(layers=[]), dict(share=0.0), dict(count=0), dict(sparsity=1.0), dict(rho=0.0)])
+@pytest.mark.parametrize("change", [dict(layers=[]), dict(share=0.0), dict(count=0), dict(sparsity=1.0), dict(rho=0.0),
+                                    dict(rho=1.0)])  # fmt: skip
 def test_a_bridge_that_cannot_be_is_refused(change):
     with pytest.raises(ValueError):
         residuals.Plan(**BRIDGE | change)
@@ -153,6 +200,11 @@ def test_a_bridge_that_cannot_be_is_refused(change):
 def test_a_layer_that_is_not_there_is_refused(study):
     with pytest.raises(ValueError, match=r"expected some of 0..1"):
         residuals.measure(study, residuals.Plan(**BRIDGE | {"layers": [2]}))
+
+
+def test_a_text_too_short_for_the_biases_is_refused(study):
+    with pytest.raises(ValueError, match="tokens is 100000; expected at most"):
+        residuals.measure(study, residuals.Plan(**BRIDGE | {"tokens": 100_000}))
 
 
 def loss_row(phases: float, value: float, against: str = "dense", low: float = 0.01, high: float = 0.02) -> dict:
@@ -187,7 +239,9 @@ def test_the_reading_of_stable_ranks(value, word):
     rows = pd.DataFrame([
         base | {"task": "bias-matrix", "score": "magnitude", "value": 2.0},
         base | {"task": "bias-matrix", "score": "signed", "value": 3.0},
-        base | {"task": "residual", "score": None, "value": value},
+        base | {"task": "dropped-values", "score": "magnitude", "value": value},
+        base | {"task": "dropped-values", "score": "signed", "value": 5.0},
+        base | {"task": "residual", "score": None, "value": 7.0},
         base | {"task": "weight", "score": "", "value": 40.0},
     ])  # fmt: skip
     assert f"{word} the biases" in residual_reading.rank_reading(rows, "m")

@@ -75,6 +75,30 @@ def test_no_verdict_before_the_dense_row_matches_the_paper(tmp_path):
     assert found.verdict == "analogue holds"  # another model need not match the paper's dense row
 
 
+@pytest.mark.parametrize(("value", "spread", "expected"), [
+    (-0.004, 0.015, "analogue holds"), (0.03, 0.005, "analogue does not hold"), (0.02, 0.01, "undecided"),
+])  # fmt: skip
+def test_a_bound_of_what_may_be_missed(tmp_path, value, spread, expected):
+    """At most 0.02 nats more on INT4 weights: what costs less holds, and so does what costs a little more."""
+    base = dict(method="r-sparse", against="dense", sparsity=0.5, task="heldout", metric="diff_perplexity_log",
+                score="magnitude", rho=0.95)  # fmt: skip
+    own = base | dict(weights="int4-gptq", factor_dtype="float16", value=value, low=value - spread, high=value + spread,
+                      stderr=spread / 2)  # fmt: skip
+    frame = table(own, base | dict(weights=None, value=0.0, low=-1e-4, high=1e-4, stderr=5e-5))
+    assert verdict(write(tmp_path, "tiny", "table-2", frame), "int4-compatible-perplexity", "tiny").verdict == expected
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [
+    (1.6, "control passed"), (0.7, "control passed"), (5.0, "control failed"), (0.2, "control failed"),
+])  # fmt: skip
+def test_a_factor_of_two_has_two_sides(tmp_path, ratio, expected):
+    base = dict(method=None, against=None, score="magnitude", metric="stable_rank", layer=0, linear="q", low=None,
+                high=None, stderr=None, sparsity=0.9, rho=None)  # fmt: skip
+    rows = [base | dict(task="dropped-values", value=3 * ratio), base | dict(task="bias-matrix", value=3.0)]
+    frame = table(*rows)
+    assert verdict(write(tmp_path, "tiny", "figure-2", frame), "bias-rank-is-the-residuals", "tiny").verdict == expected
+
+
 def test_controls_have_their_own_words(tmp_path):
     for value, low, expected in (
         (1.0, 0.91, "control passed"), (0.95, 0.83, "undecided"), (0.5, 0.3, "control failed"),

@@ -1,5 +1,7 @@
 """The exhibit of single tokens and errors: rows from arrays whose answers are known, and the words for them."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,6 +62,31 @@ def test_rows_are_those_of_the_model(measured):
     np.testing.assert_allclose(errors, block_errors(study.model, study.heldout).mean(0), rtol=1e-5)
 
 
+def test_differences_are_over_the_same_samples(measured):
+    """Block by block, from the two models' own errors; every pair of a sparsity."""
+    study, _, rows = measured
+    errors = []
+    for setting in (Setting("r-sparse", 0.5, 0.7, factors="whitened"), Setting("teal", 0.5, 0.7)):
+        study.apply(setting, 0)
+        errors.append(block_errors(study.model, study.heldout).numpy())
+    gap = errors[0] - errors[1]
+    own = rows[(rows["metric"] == "diff_relative_error") & (rows["sparsity"] == 0.5)]
+    assert set(zip(own["line"], own["against"], strict=True)) == {
+        ("r-sparse (whitened)", "teal"), ("cats", "teal"), ("cats", "r-sparse (whitened)")
+    }  # fmt: skip
+    own = own[(own["line"] == "r-sparse (whitened)")].sort_values("layer")
+    np.testing.assert_allclose(own["value"], gap.mean(0), atol=1e-6)
+    np.testing.assert_allclose(own["stderr"], gap.std(0, ddof=1) / len(gap) ** 0.5, atol=1e-6)
+
+
+def test_what_a_setting_took_is_told(measured):
+    """Calibration too, by which a larger run is projected."""
+    study, _, _ = measured
+    groups = [json.loads(line) for line in (study.table.folder / "inside.jsonl").read_text("utf-8").splitlines()[1:]]
+    costs = [{cost["what"] for cost in group["costs"]} for group in groups if group["items"]]
+    assert len(costs) == 5 and all({"calibrate", "inside", "propagation"} <= own for own in costs)
+
+
 def test_what_cannot_be_reached_is_left_out(measured):
     _, histograms, rows = measured
     assert {line for line, sparsity in histograms if sparsity == 0.5} == {"teal", "r-sparse (whitened)", "cats"}
@@ -70,15 +97,16 @@ def test_what_cannot_be_reached_is_left_out(measured):
 
 
 @pytest.mark.parametrize("change", [dict(methods=[]), dict(methods=["teal (whitened)"]), dict(methods=["nothing"]),
-                                    dict(methods=["r-sparse (better)"]), dict(sparsities=[])])  # fmt: skip
+                                    dict(methods=["r-sparse (better)"]), dict(methods=["griffin"]),
+                                    dict(methods=["dense"]), dict(sparsities=[])])  # fmt: skip
 def test_what_is_not_allowed_is_refused(change):
     with pytest.raises(ValueError):
         inside.Plan(**PLAN | change)
 
 
 def stream(line: str, *values: float) -> list[dict]:
-    return [{"task": "residual-stream", "line": line, "sparsity": 0.5, "layer": layer, "value": value,
-             "low": value, "high": value} for layer, value in enumerate(values)]  # fmt: skip
+    return [{"task": "residual-stream", "metric": "relative_error", "line": line, "sparsity": 0.5, "layer": layer,
+             "value": value, "low": value, "high": value} for layer, value in enumerate(values)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("other", "said"), [
@@ -86,7 +114,11 @@ def stream(line: str, *values: float) -> list[dict]:
     ((0.01, 0.2, 0.5), "nearest behind the last block is teal, though not behind 1 of 3"),
 ])  # fmt: skip
 def test_the_reading_of_errors(other, said):
-    rows = pd.DataFrame(stream("teal", 0.05, 0.1, 0.4) + stream("r-sparse", *other))
+    rows = stream("teal", 0.05, 0.1, 0.4) + stream("r-sparse", *other)
+    gap = rows[-1] | {"line": "r-sparse", "against": "teal", "metric": "diff_relative_error", "low": -0.1, "high": 0.3}
+    both = inside_reading.error_reading(pd.DataFrame([*rows, gap]), "m")
+    assert "is teal (not told apart: r-sparse)" in both
+    rows = pd.DataFrame([*rows, gap | {"low": 0.05}])
     assert said in inside_reading.error_reading(rows, "m")
     assert "8.0 (teal, 50%)" in inside_reading.growth_reading(rows, "m")
     assert "would give 1.7" in inside_reading.growth_reading(rows, "m")

@@ -156,6 +156,24 @@ def test_codes_made_here_are_kept(model, ids, tmp_path, monkeypatch):
     GptqCheckpoint(folder).check(model)
 
 
+def test_codes_are_kept_by_what_made_them(model, ids, tmp_path, monkeypatch):
+    """Another grid, damping or library makes others."""
+    monkeypatch.setenv("RSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(gptq, "write", lambda folder, model, ids: folder.mkdir(parents=True))
+    folders = {gptq.kept_codes(model, ids)}
+    for name, value in (("DAMPING", 0.5), ("_version", lambda: "9.9")):
+        monkeypatch.setattr(gptq, name, value)
+        folders.add(gptq.kept_codes(model, ids))
+    assert len(folders) == 3
+
+
+def test_factors_wider_than_the_model_are_refused(model):
+    """They would be counted by 32 bits and held in 16."""
+    with pytest.raises(ValueError, match="factor_dtype is 'float32'"):
+        int4.hang(model.to(torch.bfloat16), nearest, "float32")
+    assert not int4.is_int4(model)
+
+
 def test_without_the_library_the_error_says_how_to_install_it(model, ids, monkeypatch):
     monkeypatch.setattr(gptq.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"neural-compressor-pt.*pip install -e '.\[int4\]'"):

@@ -6,15 +6,18 @@ the spread, and a kernel the worst case. Errors: the relative distance of the re
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from rsparse import intervals
+from rsparse.methods import METHODS
 from rsparse.propagation import block_errors
 from rsparse.report import LinearReport
 from rsparse.study import Setting, Study, check_some, describe
@@ -29,7 +32,8 @@ TEXTS = ("calibration", "heldout")
 class Plan:
     """What is looked into. ValueError, before anything is measured, for a value that is not allowed.
 
-    methods: of `rsparse.METHODS`, or "r-sparse (whitened)"; each at every one of `sparsities` that it can reach.
+    methods: of `rsparse.METHODS` but dense and those that a prompt steers, or "r-sparse (whitened)"; each at every one
+    of `sparsities` that it can reach.
     """
 
     methods: Sequence[str]
@@ -50,6 +54,8 @@ class Plan:
                 method, _, variant = name.partition(" ")
                 if variant not in ("", "(whitened)") or (variant and method != "r-sparse"):
                     raise ValueError(f"method is {name!r}; expected a method, or 'r-sparse (whitened)'")
+                if method in METHODS and (method == "dense" or METHODS[method].prompted):
+                    raise ValueError(f"method is {name!r}; expected one whose tokens choose for themselves")
                 factors = "whitened" if variant else "svd"
                 made.append(Setting(method, sparsity, self.rho, threshold=self.threshold, factors=factors))
         return made
@@ -65,13 +71,18 @@ def label(setting: Setting) -> str:
 
 
 def measure(study: Study, plan: Plan) -> Histograms:
-    """Rows of what tokens realise and of the errors behind every block, and the histograms for display."""
+    """Rows of what tokens realise, of the errors behind every block and of their differences between methods, and the
+    histograms for display."""
     found: Histograms = {}
+    errors: dict[Setting, np.ndarray] = {}
     reached = [x for x in plan.settings() if study.reaches(x)]
     for setting in tqdm(reached, desc="settings"):
-        for seed in setting.seeds(plan.seeds):
-            items = _measure(study, setting, seed)
-            found.setdefault((label(setting), setting.sparsity), np.array(items["histogram"], float))
+        items = [_measure(study, setting, seed) for seed in setting.seeds(plan.seeds)]
+        found[label(setting), setting.sparsity] = np.array(items[0]["histogram"], float)
+        errors[setting] = np.mean([own["errors"] for own in items], axis=0)
+    for other, setting in itertools.combinations(errors, 2):
+        if other.sparsity == setting.sparsity:
+            _compare(study, plan, (setting, errors[setting]), (other, errors[other]))
     return found
 
 
@@ -90,8 +101,20 @@ def _measure(study: Study, setting: Setting, seed: int) -> dict[str, list]:
         with study.costing("propagation", 2 * study.heldout.numel()) as more:
             errors = block_errors(study.model, study.heldout)
         rows += [base | row for row in error_rows(errors)]
-        kept = study.table.add(key, rows, {"histogram": histogram.tolist()}, [*costs, *more])
+        items = {"histogram": histogram.tolist(), "errors": errors.tolist()}
+        kept = study.table.add(key, rows, items, [*study.spent(setting), *costs, *more])
     return kept["items"]
+
+
+def _compare(study: Study, plan: Plan, own: tuple[Setting, np.ndarray], other: tuple[Setting, np.ndarray]) -> None:
+    """Rows of one setting's errors minus another's, over the same samples; means over seeds."""
+    (setting, errors), (against, theirs) = own, other
+    key = {"what": "inside, differences", "seeds": list(plan.seeds), "study": study.identity}
+    key |= {"settings": [vars(x) | {"recipe": None} for x in (setting, against)]}
+    if study.table.find(key) is None:
+        base = describe(setting, study.sources) | {"tokens": "all", "line": label(setting), "against": label(against)}
+        base |= {"seed": "/".join(map(str, plan.seeds)), "metric": "diff_relative_error"}
+        study.table.add(key, [row | base for row in error_rows(torch.from_numpy(errors - theirs))])
 
 
 def realised_rows(tokens: dict[LinearReport, Tensor], length: int) -> Iterator[dict[str, Any]]:

@@ -44,13 +44,14 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_some("sparsities", self.sparsities, self.seeds)
-        if not all(0 < s < 1 for s in self.sparsities) or not set(self.sides) <= set(phases.SIDES):
+        if not all(0 < s < 1 for s in self.sparsities) or not self.sides or not set(self.sides) <= set(phases.SIDES):
             sides = f"sides of {', '.join(phases.SIDES)}"
             raise ValueError(
                 f"sparsities are {self.sparsities}, sides {self.sides}; expected some in (0, 1), and {sides}"
             )
-        if not set(self.tasks) <= set(harness.TASKS) or not self.tasks or any(type(x) is not int for x in self.phases):
-            known = f"some of {', '.join(harness.TASKS)}, and whole numbers"
+        counts = self.phases and all(type(x) is int and x > 0 for x in self.phases)
+        if not set(self.tasks) <= set(harness.TASKS) or not self.tasks or not counts:
+            known = f"some of {', '.join(harness.TASKS)}, and some whole numbers of at least 1"
             raise ValueError(f"tasks are {self.tasks}, phases {self.phases}; expected {known}")
         for sparsity in self.sparsities:
             self.deployed(sparsity)

@@ -38,7 +38,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         four = part[(part["task"] == "average-4") & (part["metric"] == "acc")]
         found.append({
             "weights": WEIGHTS[weights], "method": gains.NAMES[method], "sparsity": f"{sparsity:.0%}",
-            "factors": _precision(method, weights, dtype, part), "rank of q": _rank(method, part),
+            "factors": _precision(method, weights, dtype, part), "ranks": _ranks(method, part),
             "bits read": bits_read(part), "realised (%)": 100 * part["realised"].mean(),
             "accuracy (%)": f"{100 * average['value'].mean():.1f} ± {100 * average['stderr'].mean():.1f}",
             "of four (%)": 100 * four["value"].mean(), "margin": _mean(part, "average", "margin"),
@@ -119,7 +119,7 @@ def extra_cost(rows: pd.DataFrame, model: str) -> str:
             weights, _, setting = row["label"].partition(": ")
             said.append(f"{setting} costs {-row['value']:.4f} nats per token on {weights}, and "
                         f"{-own[row['sparsity']]:.4f} on the weights as loaded")  # fmt: skip
-    return f"By held-out loss of `{model}`: {'; '.join(said)}." if said else ""
+    return f"By held-out loss of `{model}`: {'; '.join(said)}.{_without_path(rows)}" if said else ""
 
 
 def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str:
@@ -129,8 +129,27 @@ def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str
     return PRECISIONS.get(own, own)
 
 
-def _rank(method: str, part: pd.DataFrame) -> str:
-    return next(iter(part["ranks"].dropna()), "q 0").split()[1] if method == "r-sparse" else ""
+def _ranks(method: str, part: pd.DataFrame) -> str:
+    """Lowest to highest rank over a block's linears."""
+    if method != "r-sparse":
+        return ""
+    values = sorted(set(_of_linears(part).values()))
+    return f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _of_linears(part: pd.DataFrame) -> dict[str, int]:
+    words = next(iter(part["ranks"].dropna()), "q 0").split()
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
+
+def _without_path(rows: pd.DataFrame) -> str:
+    """Which linears have no low-rank path although R-Sparse was asked for, by setting; "" where all have one."""
+    part, said = plain(rows[rows["against"].isna() & (rows["method"] == "r-sparse")]), []
+    for (weights, sparsity, dtype), own in part.groupby(["weights", "sparsity", "factor_dtype"]):
+        if none := [kind for kind, rank in _of_linears(own).items() if rank == 0]:
+            setting = label({"weights": weights, "method": "r-sparse", "sparsity": sparsity, "factor_dtype": dtype})
+            said.append(f"{gains.listed(none)} ({setting})")
+    return f" The budget buys no rank, and so no low-rank path, for {'; '.join(said)}." if said else ""
 
 
 def _mean(part: pd.DataFrame, task: str, metric: str) -> float:

@@ -11,7 +11,8 @@ from rsparse.exhibits.gains import listed
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 MATRICES = {
-    ("bias-matrix", "magnitude"): "biases (magnitude)", ("bias-matrix", "signed"): "biases (signed)",
+    ("bias-matrix", "magnitude"): "biases (magnitude)", ("dropped-values", "magnitude"): "dropped (magnitude)",
+    ("bias-matrix", "signed"): "biases (signed)", ("dropped-values", "signed"): "dropped (signed)",
     ("residual", ""): "residuals", ("weight", ""): "weight",
 }  # fmt: skip
 """(task, side) -> what its stable rank is of."""
@@ -31,19 +32,27 @@ def rank_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_reading(rows: pd.DataFrame, model: str) -> str:
-    """Whether the biases' stable rank foretells the residuals'."""
+    """Whether the biases' stable rank foretells that of the values that they stand for."""
     part = rows[rows["metric"] == "stable_rank"].assign(side=lambda x: x["score"].fillna(""))
     middle = {
         name: part.loc[(part["task"] == task) & (part["side"] == side), "value"].median()
         for (task, side), name in MATRICES.items()
     }
-    biases, residuals, weight = middle["biases (magnitude)"], middle["residuals"], middle["weight"]
-    word = "less than" if residuals < biases / 1.5 else "more than" if residuals > 1.5 * biases else "about as much as"
+    biases, dropped = middle["biases (magnitude)"], middle["dropped (magnitude)"]
+    word = "less than" if dropped < biases / 1.5 else "more than" if dropped > 1.5 * biases else "about as much as"
     return (
-        f"Medians over the measured linears of `{model}`: the bias matrix has a stable rank of {biases:.1f} "
-        f"({middle['biases (signed)']:.1f} where values are dropped by sign), the residuals of {residuals:.1f}, {word} "
-        f"the biases, and the weights of {weight:.1f}."
+        f"Medians over the measured linears of `{model}`: dropped by magnitude, the bias matrix has a stable rank of "
+        f"{biases:.1f} and the values that it stands for {dropped:.1f}, {word} the biases; by sign, "
+        f"{middle['biases (signed)']:.1f} and {middle['dropped (signed)']:.1f}. The deployed method's residuals have "
+        f"{middle['residuals']:.1f}, and the weights {middle['weight']:.1f}."
     )
+
+
+def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Stable rank of the bias matrix, dropped by magnitude, layer by layer, a column per linear."""
+    part = rows[(rows["metric"] == "stable_rank") & (rows["task"] == "bias-matrix") & (rows["score"] == "magnitude")]
+    wide = part.pivot_table(index="layer", columns="linear", values="value")
+    return wide[[x for x in KINDS if x in wide]].rename_axis(columns=None).reset_index()
 
 
 def errors(rows: pd.DataFrame) -> pd.DataFrame:

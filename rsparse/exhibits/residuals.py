@@ -4,8 +4,9 @@ R-Sparse (arXiv 2504.19449), section 3.3, quotes a stable rank of about 400 for 
 that a low rank can stand for what is dropped. What its method approximates are other vectors, W (x - s(x)), through the
 singular vectors of W. Here both are measured, and the residuals' error at every rank with three sets of factors:
 "svd", of W, which are deployed; "whitened", made for the residuals of calibration tokens (rsparse.whitening), which
-cost the same; and "hindsight", the best for the very tokens that judge. All are judged on held-out text. Everything
-comes from streamed second moments; of activations, no more than one sample's is ever held.
+cost the same; and "hindsight", the best for the very tokens that judge. All are judged on held-out text. To compare
+like with like, the values that the biases stand for are measured as well: of the same tokens, dropped by the same
+thresholds. Everything comes from streamed second moments; of activations, no more than one sample's is ever held.
 """
 
 from __future__ import annotations
@@ -53,18 +54,26 @@ class Plan:
         check_sparsity(self.sparsity), check_sparsity(self.share), check_rho(self.rho)
         if not self.layers or 0 in (self.sparsity, self.rho, self.share) or min(self.count, self.tokens) < 1:
             raise ValueError(f"{self}; expected some layers, shares above 0, and at least 1 phase and token")
+        if self.rho == 1:
+            raise ValueError("rho is 1; expected less, which leaves bytes to a low-rank path")
 
 
+Moments = dict[tuple[str, str, str], tuple[Tensor, int]]
+"""(task, site, side) -> second moment (n, n) of vectors, and how many they are."""
 Curves = dict[tuple[int, str], dict[str, np.ndarray]]
 """(layer, linear) -> "ranks" of the curves, the error of each of `FACTORS` there, the "spectrum", and "deployed", the
 rank that the budget buys."""
 
 
 def measure(study: Study, plan: Plan) -> Curves:
-    """Rows of every linear of the plan's layers, and the curves for display. ValueError for a layer that is absent."""
-    depth = models.depth(study.sources.checkpoint)
+    """Rows of every linear of the plan's layers, and the curves for display. ValueError, before anything is measured,
+    for a layer that is absent and for a calibration text of fewer tokens than the bias matrix is made of."""
+    depth, s = models.depth(study.sources.checkpoint), study.sources
     if not all(0 <= layer < depth for layer in plan.layers):
         raise ValueError(f"layers are {list(plan.layers)}; expected some of 0..{depth - 1}")
+    if plan.tokens > s.samples * s.length:
+        raise ValueError(f"tokens is {plan.tokens}; expected at most those of the calibration text, "
+                         f"{s.samples} samples of {s.length}")  # fmt: skip
     found: Curves = {}
     for layer in tqdm(plan.layers, desc="layers"):
         for kind, curves in _measure_layer(study, plan, layer).items():
@@ -170,12 +179,10 @@ def error_curves(W: Tensor, left: Left, store: FactorStore) -> tuple[dict[str, T
 
 
 @torch.no_grad()
-def bias_moments(
-    model: nn.Module, ids: Tensor, linears: Sequence[DecoderLinear], plan: Plan
-) -> dict[tuple[str, str], tuple[Tensor, int]]:
-    """(site, side) -> second moment (n, n) of the phase parts of the first `plan.tokens` tokens, and how many vectors.
+def bias_moments(model: nn.Module, ids: Tensor, linears: Sequence[DecoderLinear], plan: Plan) -> Moments:
+    """Of the first `plan.tokens` tokens: "bias-matrix", the phase parts, and "dropped-values", what they stand for.
 
-    A token has one vector per phase: the phase's level in its channels, zero elsewhere.
+    A token has one vector per phase, the phase's level in its channels and zero elsewhere; and one of dropped values.
     """
     rows = -(-plan.tokens // ids.shape[1])
     firsts = {x.site: x for x in reversed(linears)}
@@ -185,32 +192,34 @@ def bias_moments(
         for site, x in firsts.items()
         for side in phases.SIDES
     }
-    found: dict[tuple[str, str], tuple[Tensor, int]] = {}
+    found: Moments = {}
 
     def add(x: DecoderLinear, value: Tensor) -> None:
         for side in phases.SIDES:
-            moment, count = found.get((x.site, side), (0, 0))
-            room = plan.tokens - count // plan.count
-            parts = levels[x.site, side].parts(value.flatten(0, -2)[:room])
-            found[x.site, side] = moment + second_moment(parts), count + parts.shape[0] * plan.count
+            _, seen = found.get(("dropped-values", x.site, side), (0, 0))
+            own, tokens = levels[x.site, side], value.flatten(0, -2)[: plan.tokens - seen]
+            vectors = {"bias-matrix": own.parts(tokens), "dropped-values": tokens * ~own.stays(tokens)}
+            for task, v in vectors.items():
+                moment, count = found.get((task, x.site, side), (0, 0))
+                found[task, x.site, side] = moment + second_moment(v), count + v[..., 0].numel()
 
     with hooks(list(firsts.values()), add):
         run_decoder(model, ids[:rows], "biases")
     return found
 
 
-def bias_rows(
-    x: DecoderLinear, moments: dict[tuple[str, str], tuple[Tensor, int]], plan: Plan, store: FactorStore
-) -> Iterator[dict[str, Any]]:
-    """Rows of the stable rank of the bias matrix of one linear, W times the phase parts, and of W itself."""
+def bias_rows(x: DecoderLinear, moments: Moments, plan: Plan, store: FactorStore) -> Iterator[dict[str, Any]]:
+    """Rows of the stable rank of the bias matrix of one linear, W times the phase parts; of W times what these stand
+    for; and of W itself."""
     W, full = x.module.weight.detach(), min(x.shape)
     eye = torch.eye(x.channels, dtype=torch.float64, device=W.device)
-    matrices = {("weight", ""): (eye, None)} | {("bias-matrix", side): moments[x.site, side] for side in phases.SIDES}
-    for (task, side), (moment, count) in matrices.items():
+    matrices = {("weight", x.site, ""): (eye, None)} | {at: own for at, own in moments.items() if at[1] == x.site}
+    for (task, _, side), (moment, count) in matrices.items():
         with store.timed(W):
             values = output_basis(W, moment)[0]
         stable = float(values.sum() / values[0])
         base = {"task": task, "linear": x.kind, "score": side}
-        base |= {"sparsity": plan.share, "phases": plan.count, "n": count} if side else {}
+        base |= {"sparsity": plan.share, "n": count} if side else {}
+        base |= {"phases": plan.count} if task == "bias-matrix" else {}
         yield base | {"metric": "stable_rank", "value": stable}
         yield base | {"metric": "stable_rank_share", "value": stable / full}
