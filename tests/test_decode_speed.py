@@ -238,6 +238,12 @@ def test_three_ratios_and_eager_code_in_fp32():
     assert "1.25 to 1.60 over our dense engine" in decode_reading.ratio_reading(own)
     alone = decode_reading.ratios(frame(half))
     assert "Not measured beside it: HF compiled, same storage" in decode_reading.ratio_reading(alone)
+    assert "another run" not in decode_reading.ratio_reading(own)
+    later = document(row("dense"), row("r-sparse", 0.0125, 0.5), date="2026-01-02T00:00:00+00:00")
+    rows = frame(document(*[row(name) for name in STEPS if name != "dense"]), later)
+    assert "Timed in another run on the same kind of device: Hugging Face, compiled" in decode_reading.ratio_reading(
+        decode_reading.ratios(rows)
+    )
 
 
 # Bounds

@@ -444,4 +444,16 @@ def ratio_reading(own: pd.DataFrame) -> str:
         else:
             said.append(f"{_span(values)} {name}")
     words = f"R-Sparse at {HALF:.0%}: {listed(said)}." if said else "No baseline was timed beside R-Sparse."
-    return words + (f" Not measured beside it: {listed(missing)}." if missing else "")
+    words += f" Not measured beside it: {listed(missing)}." if missing else ""
+    return words + _of_other_runs(own)
+
+
+def _of_other_runs(own: pd.DataFrame) -> str:
+    """Which baselines are older or younger than the row that they stand beside; "" where all are of its run."""
+    part = at(own, name="r-sparse", sparsity=HALF)[[*SETTING, "date"]]
+    both = part.merge(own[own["name"].isin(BASELINES)], on=SETTING, suffixes=("", "_base"))
+    apart = both[both["date"] != both["date_base"]]
+    if apart.empty:
+        return ""
+    names = listed(sorted({f"{LABELS[row['name']]} ({panel(row)})" for _, row in apart.iterrows()}))
+    return f" Timed in another run on the same kind of device: {names}."
