@@ -22,6 +22,7 @@ from torch.nn.functional import linear, silu
 from tqdm import tqdm
 
 from kernels import inputs, packing, timing
+from kernels.destination import check_destination
 from kernels.operations import Gemv, has_triton
 from kernels.packing import Packed, Segment
 from kernels.quantized import GROUP, Quantized
@@ -34,6 +35,8 @@ DRAWN = 1 << 18
 """Values of x that thresholds are read from."""
 LAYERS = 4
 """Blocks of a chain, with weights of their own."""
+PARTS = ("sparse path us", "as many channels, all read us", "launch us")
+"""Fields of a breakdown."""
 
 
 @dataclass(frozen=True)
@@ -266,36 +269,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=SIZES, default="llama-2-7b")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--shape", choices=SIZES, default="llama-2-7b", help="whose linears (default: llama-2-7b)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+                        help="of the stored weights; int4, read by bfloat16 inputs, on a GPU (default: float32)")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5], help="of the bytes read, low-rank included")
     parser.add_argument("--rho", type=float, default=0.95, help="share of the read bytes that the sparse path takes")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="tokens, each with a mask of its own")
-    parser.add_argument("--inputs", choices=inputs.KINDS, default="gaussian")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--breakdown", action="store_true")
-    parser.add_argument("--chain", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--inputs", choices=inputs.KINDS, default="gaussian", help="published: as real activations are")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where there is a GPU")
+    parser.add_argument("--repeats", type=int, default=20, help="timings, whose medians are shown (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+    parser.add_argument("--breakdown", action="store_true", help="what a launch takes with parts left out")
+    parser.add_argument("--chain", action="store_true", help="time whole blocks too, one linear behind another")
+    parser.add_argument("--json", type=Path, help="where the figures go, after each sparsity and batch")
     options = parser.parse_args(arguments)
-    for name, low, high in (("sparsity", 0, 0.99), ("rho", 0, 1), ("batch", 1, 16), ("repeats", 1, 10**6)):
+    limits = ("sparsity", 0, 0.99), ("rho", 0, 1), ("batch", 1, 16), ("repeats", 1, 10**6), ("seed", 0, 2**63 - 1)
+    for name, low, high in limits:
         for value in getattr(options, name) if isinstance(getattr(options, name), list) else [getattr(options, name)]:
             if not low <= value <= high:
                 parser.error(f"{name} is {value}; expected {low} to {high}")
     if options.dtype == "int4" and options.batch != [1]:
         parser.error(f"batch is {options.batch}; expected 1 for int4, whose kernel takes one token")
+    if options.dtype == "int4" and options.device == "cpu":
+        parser.error("device is cpu; expected cuda for int4: there is no CPU kernel of INT4 words")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"device is cuda, but torch {torch.__version__} sees no GPU here; expected cpu")
+    if options.json:
+        try:
+            check_destination(options.json)
+        except ValueError as error:
+            parser.error(str(error))
     return options
 
 
 def _print(asked: Asked, found: Sequence[dict[str, Any]]) -> None:
     columns = ("torch us", "ours dense us", "ours us", "over torch", "over ours dense", "bandwidth share")
-    print(f"{asked.shape}, {asked.dtype}, sparsity {asked.sparsity}, rho {asked.rho}, "
+    theirs = f" (torch in {str(asked.x_dtype).removeprefix('torch.')})" if asked.dtype == "int4" else ""
+    print(f"{asked.shape}, {asked.dtype}{theirs}, sparsity {asked.sparsity}, rho {asked.rho}, "
           f"{asked.batch} tokens, {asked.inputs}")  # fmt: skip
     print(f"{'linear':8} {'shape':>12} " + " ".join(f"{name:>15}" for name in columns))
     for row in found:
         shape = f"{row['m']}x{row['n']}"
         print(f"{row['linear']:8} {shape:>12} " + " ".join(f"{row[name]:15.2f}" for name in columns))
+    for row in found:
+        if parts := [f"{name} {row[name]:.2f}" for name in PARTS if name in row]:
+            print(f"breakdown of {row['linear']}: " + "; ".join(parts))
     means = {name: geometric_mean([row[name] for row in found]) for name in ("over torch", "over ours dense")}
     print("geometric means: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()), flush=True)
 

@@ -19,8 +19,9 @@ MOST_TOKENS = {"cuda": 1, "cpu": 2}
 """Tokens up to which rows are gathered, unless a module says more."""
 UNION = 0.5
 """Share of the rows that the tokens of a batch may want together for gathering to pay. On an H100, gate+up of
-Llama-3-8B: 44% of the rows for two tokens took 0.7 of the dense product's time, 57% for eight and 68% for four all of
-it."""
+Llama-3-8B took, of the time of torch's dense product: at sparsity 0.75 0.64 for two tokens, which read 43% of its
+bytes together, factors included, and 0.94 for four (68%); at 0.5 0.93 for two (76%), 1.14 for four (95%) and 1.32 for
+eight (102%). From data/results/kernels/batch-llama-3-8b.json."""
 
 
 def gathered_tokens(sparsity: float, most: int = 8) -> int:
@@ -48,7 +49,8 @@ class Gemv(nn.Module):
     launches share memory: it must not run on two streams at once. like: a module of the same shapes, configuration and
     number of tokens, whose memory it shares too; one stream for both.
 
-    ValueError for x of another width, dtype or device, and for segments that cannot be gated.
+    ValueError for x or a residual of another shape, dtype or device; for segments that cannot be gated, a table laid
+    out for another device, and `after` what no norm of this module reads.
     """
 
     def __init__(self, packed: Packed, gated: bool = False, norm: tuple[Tensor, float] | None = None,
@@ -62,14 +64,25 @@ class Gemv(nn.Module):
                 f"the norm's weight is {tuple(norm[0].shape)}, {norm[0].dtype}; expected ({packed.channels},), "
                 f"{packed.dtype}"
             )
+        if after is not None and (norm is None or after.width != packed.channels):
+            raise ValueError(
+                f"after is {after.width} wide and norm {'None' if norm is None else 'given'}; expected "
+                f"{packed.channels}, as x, and a norm that reads it"
+            )
         self.packed, self.gated, self.norm = packed, gated, norm
+        self.width = packed.rows // 2 if gated else packed.rows
         int4, device = packed.scales is not None, packed.table.device.type
         self.most_tokens = MOST_TOKENS.get(device, 0) if most_tokens is None else most_tokens
         if int4:
             self.most_tokens = min(self.most_tokens, 1 if device == "cuda" else 0)
+        if (path := self.takes(1)) != "dense" and (packed.table.ndim == 3) != (path == "cpu"):
+            raise ValueError(
+                f"the table is {tuple(packed.table.shape)} on {device}; expected the layout of that device, as pack "
+                "chooses it unless told chunked"
+            )
         # inductor refuses an operation that mutates a list of nothing
         self.configuration, self.work = None, (torch.empty(0, device=packed.table.device),)
-        if self.takes(1) == "triton":
+        if path == "triton":
             from kernels import triton_gemv
 
             self.configuration = configuration or triton_gemv.Configuration(packing.COLUMNS if int4 else 64)
@@ -103,14 +116,12 @@ class Gemv(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual: added to y, of its shape."""
-        packed, path = self.packed, self.takes(x.numel() // max(1, x.shape[-1]))
-        if x.shape[-1] != packed.channels or x.dtype != packed.dtype or x.device != packed.table.device:
-            raise ValueError(
-                f"x is {tuple(x.shape)}, {x.dtype} on {x.device}; expected (..., {packed.channels}), "
-                f"{packed.dtype} on {packed.table.device}"
-            )
+        packed = self.packed
+        _check(x, packed.channels, packed.dtype, packed.table.device)
         rows = x.reshape(-1, packed.channels).contiguous()
+        path = self.takes(len(rows))
         if residual is not None:
+            _check_residual(residual, x, self.width)
             residual = residual.reshape(len(rows), -1).contiguous()
         front, eps = self.norm or (None, 0.0)
         after = self._after[0]
@@ -131,7 +142,7 @@ class Neurons(nn.Module):
 
     CATS: neurons whose |SiLU(gate x)| is above `threshold`. GRIFFIN: the `chosen` ones, int32 (k,), for every token.
     norm: (weight, eps) of an RMS norm that x passes first. ValueError where the two weights differ in shape, or are no
-    rows one behind another.
+    rows one behind another; for `chosen` that are none; for x of another width, dtype or device.
     """
 
     def __init__(self, gate: Tensor, up: Tensor, threshold: float = float("-inf"), chosen: Tensor | None = None,
@@ -144,9 +155,11 @@ class Neurons(nn.Module):
         for name, weight in (("gate", gate), ("up", up)):
             if not weight.is_contiguous():
                 raise ValueError(f"{name} has strides {weight.stride()}; expected rows one behind another")
-        within = chosen is None or (chosen.dtype == torch.int32 and 0 <= chosen.min() <= chosen.max() < len(gate))
-        if not within:
-            raise ValueError(f"chosen neurons are {chosen.dtype}; expected int32, 0 to {len(gate) - 1}")
+        if chosen is not None and not _within(chosen, len(gate)):
+            raise ValueError(
+                f"chosen neurons are {tuple(chosen.shape)}, {chosen.dtype}; expected a list of at least one, int32, "
+                f"0 to {len(gate) - 1}"
+            )
         self.gate, self.up, self.threshold, self.chosen, self.norm = gate, up, threshold, chosen, norm
 
     def takes(self, tokens: int) -> str:
@@ -154,12 +167,39 @@ class Neurons(nn.Module):
         return "triton" if self.gate.device.type == "cuda" and has_triton() and tokens == 1 else "dense"
 
     def forward(self, x: Tensor) -> Tensor:
+        _check(x, self.gate.shape[1], self.gate.dtype, self.gate.device)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         front, eps = self.norm or (None, 0.0)
         y = torch.ops.rsparse_kernels.neurons(
             rows, self.gate, self.up, self.threshold, self.chosen, front, eps, self.takes(len(rows))
         )
         return y.view(*x.shape[:-1], -1)
+
+
+def _within(chosen: Tensor, neurons: int) -> bool:
+    if chosen.dtype != torch.int32 or chosen.ndim != 1 or not len(chosen):
+        return False
+    return bool(0 <= chosen.min() <= chosen.max() < neurons)
+
+
+# Of shapes and dtypes alone: a decode step runs these, captured or compiled.
+
+
+def _check(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    if not x.ndim or not x.numel() or x.shape[-1] != channels or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, {x.dtype} on {x.device}; expected (..., {channels}), at least one token, "
+            f"{dtype} on {device}"
+        )
+
+
+def _check_residual(residual: Tensor, x: Tensor, width: int) -> None:
+    wanted = (*x.shape[:-1], width)
+    if residual.shape != wanted or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"residual is {tuple(residual.shape)}, {residual.dtype} on {residual.device}; expected {wanted}, "
+            f"{x.dtype} on {x.device}, as y"
+        )
 
 
 @torch.library.custom_op("rsparse_kernels::gemv", mutates_args=("work",))

@@ -94,7 +94,9 @@ class Packed:
         return sum(x.nbytes for x in held + [self.A] * (self.scales is not None) if x is not None)
 
     def with_thresholds(self, thresholds: Sequence[float]) -> Packed:
-        """The same weights, read from other thresholds on."""
+        """The same weights, read from other thresholds on. ValueError unless they are a number per segment."""
+        if len(thresholds) != len(self.widths) or any(x != x for x in thresholds):
+            raise ValueError(f"thresholds are {list(thresholds)}; expected {len(self.widths)} numbers, by segment")
         return replace(self, thresholds=_thresholds(thresholds, self.thresholds.device))
 
 
@@ -201,6 +203,8 @@ def _check(segments: Sequence[Segment]) -> None:
     if first.dtype not in DTYPES:
         raise ValueError(f"weights are {first.dtype}; expected one of {', '.join(map(str, DTYPES))}")
     for i, x in enumerate(segments):
+        if len(x.weight.shape) != 2:
+            raise ValueError(f"segment {i} has a weight {tuple(x.weight.shape)}; expected (m, n)")
         m, n = x.weight.shape
         if type(x.weight) is not type(first) and Quantized in (type(x.weight), type(first)):
             raise ValueError(f"segment {i} is {type(x.weight).__name__}; expected {type(first).__name__}, as the first")
@@ -211,7 +215,7 @@ def _check(segments: Sequence[Segment]) -> None:
             )
         if (x.A is None) != (x.B is None):
             raise ValueError(f"segment {i} has one factor; expected A and B, or neither")
-        if x.A is not None and (x.A.shape[0] != m or x.B.shape != (n, x.A.shape[1])):
+        if x.A is not None and (x.A.ndim != 2 or x.A.shape[0] != m or x.B.shape != (n, x.A.shape[1])):
             raise ValueError(
                 f"segment {i} has factors {tuple(x.A.shape)} and {tuple(x.B.shape)}; expected ({m}, r) and ({n}, r)"
             )

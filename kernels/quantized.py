@@ -19,20 +19,25 @@ ZERO = 8
 
 @dataclass(frozen=True)
 class Quantized:
-    """codes: (m, n) uint8, 0 to 15. scales: (m, n / 128), in the dtype of the activations."""
+    """codes: (m, n) uint8, 0 to 15. scales: (m, n / 128), in the dtype of the activations.
+
+    ValueError for another shape or dtype, and for codes above 15 on a CPU: a GPU would have to be waited for.
+    """
 
     codes: Tensor
     scales: Tensor
 
     def __post_init__(self) -> None:
-        m, n = self.codes.shape
-        if n % GROUP or self.scales.shape != (m, n // GROUP):
+        shape = tuple(self.codes.shape)
+        if len(shape) != 2 or shape[1] % GROUP or self.scales.shape != (shape[0], shape[1] // GROUP):
             raise ValueError(
-                f"codes are {(m, n)} and scales {tuple(self.scales.shape)}; expected a multiple of {GROUP} inputs "
+                f"codes are {shape} and scales {tuple(self.scales.shape)}; expected a multiple of {GROUP} inputs "
                 "and one scale per output and group"
             )
         if self.codes.dtype != torch.uint8:
             raise ValueError(f"codes are {self.codes.dtype}; expected torch.uint8")
+        if self.device.type == "cpu" and self.codes.numel() and (most := int(self.codes.max())) > 15:
+            raise ValueError(f"codes go up to {most}; expected 0 to 15")
 
     @property
     def shape(self) -> torch.Size:

@@ -122,6 +122,11 @@ def _read() -> dict[str, dict]:
 def write_json(path: Path, content: dict) -> None:
     """`content` as JSON at `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
+    file = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8")
+    try:
+        with file:
+            json.dump(content, file, indent=1)
+        os.replace(file.name, path)
+    except BaseException:  # interrupted, too
+        os.unlink(file.name)
+        raise

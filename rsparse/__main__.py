@@ -96,7 +96,10 @@ def _bench_decode(options: argparse.Namespace, checkout: Checkout) -> int:
     if (options.shape is None) == (options.model is None):
         raise ValueError("give --shape for random weights, or --model for a checkpoint")
     model = options.model or f"random:{options.shape}"
-    found = measure.measure(measure.Plan(model, **given), options.json)
+    plan = measure.Plan(model, **given)
+    if plan.random and plan.text is not None:  # a preset may name one along with them; typed, it was meant
+        raise ValueError(f"text is {plan.text!r} for random weights, which read none; expected a checkpoint")
+    found = measure.measure(plan, options.json)
     print("\n".join(measure.lines(found)))
     return 0
 

@@ -126,12 +126,14 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe; ValueError says which part of the file does not fit the format."""
+        """Read a recipe; ValueError says which part of the file does not fit the format, or why it cannot be read."""
         import jsonschema  # slow to import, and most notebooks read no recipe
 
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             jsonschema.validate(raw, SCHEMA)
+        except OSError as error:
+            raise ValueError(f"recipe {path} cannot be read: {error.strerror}; expected a JSON file") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         except jsonschema.ValidationError as error:

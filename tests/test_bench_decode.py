@@ -153,7 +153,8 @@ def test_one_run(small, tmp_path, capsys):
     assert 0.6 < rows["teal"]["bytes"]["decoder"] / rows["dense"]["bytes"]["decoder"] < 0.85  # two rows: about 0.75
     assert rows["dense"]["byte_limit_over_dense"] == 1 < rows["teal"]["byte_limit_over_dense"]
     printed = capsys.readouterr().out
-    assert "teal (ours, kernels: cpu): " in printed and "x hf-eager" in printed and "realised sparsity 0." in printed
+    assert re.search(r"teal \(ours, kernels: cpu\): [0-9.]+ tokens/s per text, ", printed), "a batch of two"
+    assert "x hf-eager" in printed and "realised sparsity 0." in printed
 
 
 REFUSED = {
@@ -169,6 +170,14 @@ REFUSED = {
     "int4": (["--dtype", "int4"], "device 'cpu'; expected 1 and a GPU for int4"),
     "device": (["--device", "abacus"], "device is 'abacus'"),
     "both": (["--model", "tiny"], "give --shape for random weights, or --model for a checkpoint"),
+    "rho": (["--rho", "1.5"], "rho is 1.5; expected a number in"),
+    "score": (["--score", "luck"], "score is 'luck'; expected one of magnitude, column-norm"),
+    "text": (["--text", "tiny"], "text is 'tiny' for random weights, which read none; expected a checkpoint"),
+    "layers": (["--layers", "3"], "layers is 3; expected at most 2, all of random:llama-2-7b's"),
+    "recipe": (["--recipe", "nowhere.json"], "recipe nowhere.json cannot be read: No such file"),
+    "content": (["--recipe", __file__], "is not JSON"),
+    "folder": (["--json", "/"], "/ is a folder; expected a file"),
+    "a file": (["--json", f"{__file__}/out.json"], "test_bench_decode.py is no folder; expected one"),
 }
 
 
@@ -186,6 +195,20 @@ def test_what_cannot_be_measured(small, tmp_path, capsys, monkeypatch, more, mes
 def test_layers_of_a_checkpoint():
     with pytest.raises(ValueError, match="layers is 1 for the checkpoint 'tiny'; expected random weights"):
         Plan("tiny", layers=1)
+
+
+def test_texts_of_a_checkpoint_are_known_and_random_weights_read_none():
+    with pytest.raises(ValueError, match="text is 'newspaper'; expected tiny"):
+        Plan("tiny", text="newspaper")
+    assert Plan("random:llama-2-7b", text="tiny").text == "tiny", "as a preset names one for all of its models"
+
+
+def test_a_recipe_of_another_model_is_refused_before_anything_is_timed(small, build, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "repeated", lambda *_: pytest.fail("something was timed"))
+    path = tmp_path / "recipe.json"
+    rsparse.Recipe.uniform(build(), 0.5, 0.9).save(path)
+    with pytest.raises(ValueError, match="is for the model with fingerprint"):
+        measure.measure(Plan("random:llama-2-7b", "float32", "cpu", recipe=str(path), prompt=5, new=5))
 
 
 def test_a_killed_run_leaves_the_rows_so_far(small, tmp_path, monkeypatch):

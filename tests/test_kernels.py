@@ -248,9 +248,10 @@ def test_neurons_are_registered_as_torch_asks(chosen):
 
 def test_under_torch_compile():
     module = Gemv(pack([segment(48, 32, 2, 0.5, torch.float32, torch.Generator().manual_seed(0))]))
-    compiled = torch.compile(lambda x: module(x).relu(), fullgraph=True, backend="aot_eager")
-    x = torch.randn(1, 32)
-    torch.testing.assert_close(compiled(x), module(x).relu())
+    compiled = torch.compile(lambda x, y: module(x, y).relu(), fullgraph=True, backend="aot_eager")
+    for tokens in (1, 2, 3):
+        x, y = torch.randn(tokens, 32), torch.randn(tokens, 48)
+        torch.testing.assert_close(compiled(x, y), module(x, y).relu())
 
 
 @pytest.mark.parametrize(
@@ -265,6 +266,9 @@ def test_under_torch_compile():
         (lambda a: [a.replace(norms=torch.ones(6))], "expected (8,)"),
         (lambda a: [a.replace(bias=torch.ones(8))], "expected (6,)"),
         (lambda a: [a.replace(threshold=math.nan)], "expected a number"),
+        (lambda a: [a.replace(weight=torch.ones(6))], "a weight (6,); expected (m, n)"),
+        (lambda a: [a.replace(A=torch.ones(6))], "factors (6,) and (8, 2)"),
+        (lambda a: [a.replace(B=torch.ones(8))], "factors (6, 2) and (8,)"),
     ],
 )
 def test_segments_that_cannot_be_packed(change, said):
@@ -279,14 +283,55 @@ def test_segments_that_cannot_be_packed(change, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["gemv", "neurons"])
 @pytest.mark.parametrize(
-    ("x", "said"), [(torch.ones(1, 7), "(1, 7)"), (torch.ones(8).double(), "float64"), (torch.ones(8, 1), "(8, 1)")]
-)
-def test_inputs_that_do_not_fit(x, said):
-    module = Gemv(pack([segment(6, 8, 2, 0.5, torch.float32, torch.Generator())]))
+    ("x", "said"),
+    [(torch.ones(1, 7), "(1, 7)"), (torch.ones(8).double(), "float64"), (torch.ones(8, 1), "(8, 1)"),
+     (torch.ones(0, 8), "(0, 8)"), (torch.tensor(1.0), "x is (),"), (torch.ones(8, device="meta"), "on meta")],
+)  # fmt: skip
+def test_inputs_that_do_not_fit(x, said, kind):
+    one = segment(6, 8, 2, 0.5, torch.float32, torch.Generator())
+    module = Gemv(pack([one])) if kind == "gemv" else Neurons(one.weight, one.weight)
     with pytest.raises(ValueError) as error:
         module(x)
-    assert said in str(error.value) and "expected (..., 8)" in str(error.value)
+    assert said in str(error.value) and "expected (..., 8), at least one token" in str(error.value)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda y: y[:1], "residual is (1, "), (lambda y: y[None], "residual is (1, 2, "),
+     (lambda y: y.half(), "float16"), (lambda y: y.to("meta"), "on meta")],
+)  # fmt: skip
+def test_residuals_that_do_not_fit(change, said, gated):
+    module = Gemv(pack([segment(6, 8, 2, 0.5, torch.float32, torch.Generator())] * 2), gated)
+    x, y = torch.ones(2, 8), torch.ones(2, 6 if gated else 12)
+    assert module(x, y).shape == y.shape
+    with pytest.raises(ValueError) as error:
+        module(x, change(y))
+    assert said in str(error.value) and f"expected (2, {y.shape[1]}), torch.float32 on cpu" in str(error.value)
+
+
+@pytest.mark.parametrize("thresholds", [[0.5], [0.5] * 3, [0.5, math.nan]])
+def test_thresholds_that_do_not_fit(thresholds):
+    packed = pack([segment(6, 8, 2, 0.5, torch.float32, torch.Generator())] * 2)
+    with pytest.raises(ValueError, match="expected 2 numbers, by segment"):
+        packed.with_thresholds(thresholds)
+
+
+def test_a_table_of_another_devices_layout():
+    one = segment(6, 8, 2, 0.5, torch.float32, torch.Generator())
+    with pytest.raises(ValueError, match="on cpu; expected the layout of that device"):
+        Gemv(pack([one], chunked=False))
+    assert Gemv(pack([one], chunked=False), most_tokens=0)(torch.ones(8)).shape == (6,), "the plain product takes both"
+
+
+def test_a_norm_that_does_not_read_what_is_before_it():
+    one = segment(6, 8, 2, 0.5, torch.float32, torch.Generator())
+    before = Gemv(pack([one]))
+    for norm in (None, (torch.ones(8), 1e-5)):
+        with pytest.raises(ValueError, match="after is 6 wide and norm .*; expected 8"):
+            Gemv(pack([one]), norm=norm, after=before)
 
 
 def test_what_cannot_be_gated_or_cut():
@@ -353,8 +398,8 @@ def test_a_launch_leaves_what_the_next_norm_needs(tokens, dtype, listed, monkeyp
         assert wrong_by(found, exact(normed.float(), pair, True)) < 16 * EPS[dtype]
         assert wrong_by(alone(y).cpu(), exact(normed.float(), pair, True)) < 60 * EPS[dtype]  # a mask may flip
     with pytest.raises(ValueError, match="expected one, which a norm can read"):
-        Gemv(pack([to(segment(96, 40, 0, 0.5, dtype, generator))], chunked=False), False,
-             (norm[:40].to(DEVICE), 1e-5), cut, 4, after=Gemv(packs[1], configuration=cut))  # fmt: skip
+        Gemv(pack([to(segment(96, 80, 0, 0.5, dtype, generator))], chunked=False), False,
+             (norm[:80].to(DEVICE), 1e-5), cut, 4, after=Gemv(packs[1], configuration=cut))  # fmt: skip
 
 
 # INT4
@@ -375,6 +420,10 @@ def test_codes_are_the_nearest_and_survive_gptqs_layout():
         quantized.round_to_nearest(torch.randn(4, 200))
     with pytest.raises(ValueError, match="one scale per output"):
         quantized.Quantized(found.codes, found.scales[:, :1])
+    with pytest.raises(ValueError, match=r"codes are \(256,\)"):
+        quantized.Quantized(found.codes[0], found.scales[0])
+    with pytest.raises(ValueError, match="codes go up to 16; expected 0 to 15"):
+        quantized.Quantized(found.codes + found.codes.eq(15).byte(), found.scales)
 
 
 INT4_CUTS = [((200,), 256, True, 16), ((70, 260), 128, False, 32), ((40, 40), 128, True, 32)]
@@ -478,8 +527,9 @@ def test_neurons_that_do_not_fit():
     gate = torch.ones(4, 8)
     with pytest.raises(ValueError, match="expected the same"):
         Neurons(gate, torch.ones(5, 8))
-    with pytest.raises(ValueError, match="int32, 0 to 3"):
-        Neurons(gate, gate, chosen=torch.tensor([4], dtype=torch.int32))
+    for chosen in ([4], [-1], [], [[0]]):
+        with pytest.raises(ValueError, match="at least one, int32, 0 to 3"):
+            Neurons(gate, gate, chosen=torch.tensor(chosen, dtype=torch.int32))
 
 
 # The benchmark
@@ -498,12 +548,63 @@ def test_the_benchmark(tmp_path, monkeypatch, capsys):
         assert row["over torch"] == pytest.approx(row["torch us"] / row["ours us"]) and row["sparsity"] == 0.5
         if row["linear"] != "chain":
             assert 0.2 * row["dense bytes"] < row["bytes"] < 0.9 * row["dense bytes"] and row["sparse path us"] > 0
-    assert "geometric means" in capsys.readouterr().out and found["about"]["torch"] == torch.__version__
-    for wrong in (["--sparsity", "1.5"], ["--batch", "17"], ["--dtype", "int4", "--batch", "2"]):
-        with pytest.raises(SystemExit):
-            bench.main(wrong)
+    printed = capsys.readouterr().out
+    assert "geometric means" in printed and found["about"]["torch"] == torch.__version__
+    for row in found["rows"][:4]:
+        assert f"breakdown of {row['linear']}: sparse path us {row['sparse path us']:.2f}; as many" in printed
     with pytest.raises(ValueError, match="shape is 'llama'"):
         shapes.fused("llama")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--sparsity", "1.5"], "sparsity is 1.5"),
+        (["--batch", "17"], "batch is 17"),
+        (["--dtype", "int4", "--batch", "2"], "expected 1 for int4"),
+        (["--dtype", "int4", "--device", "cpu"], "there is no CPU kernel of INT4 words"),
+        (["--device", "cuda"], "sees no GPU here"),
+        (["--seed", "-1"], "seed is -1; expected 0 to 9223372036854775807"),
+        (["--seed", str(2**63)], "seed is 9223372036854775808"),
+        (["--json", "{folder}"], "is a folder; expected a file"),
+        (["--json", "{folder}/file/out.json"], "file is no folder; expected one"),
+        (["--json", "/dev/null"], "/dev/null is no file"),
+    ],
+)
+def test_what_the_benchmark_refuses(wrong, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("something was timed"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        bench.main([x.format(folder=tmp_path) for x in wrong])
+    assert said in capsys.readouterr().err
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_benchmark_says_what_int4_is_compared_with_and_every_option_what_it_does(monkeypatch, capsys):
+    row = {"linear": "o", "m": 8, "n": 8} | dict.fromkeys(
+        ("torch us", "ours dense us", "ours us", "over torch", "over ours dense", "bandwidth share"), 1.0)  # fmt: skip
+    monkeypatch.setattr(bench, "bench", lambda *_: iter([row]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for dtype, said in (("int4", "llama-2-7b, int4 (torch in bfloat16), "), ("float16", "llama-2-7b, float16, ")):
+        assert bench.main(["--dtype", dtype, "--device", "cuda"]) == 0
+        assert capsys.readouterr().out.startswith(said)
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    lines = capsys.readouterr().out.partition("options:\n")[2].splitlines()
+    for line, after in itertools.pairwise([*lines, ""]):
+        assert not line.startswith("  -") or "  " in line.strip() or after.startswith(" " * 10), f"{line}: no help"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    tuning.write_json(tmp_path / "new" / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        tuning.write_json(tmp_path / "new" / "a.json", {"a": torch})
+    with pytest.raises(OSError):
+        tuning.write_json(tmp_path / "new", {"a": 1})
+    assert [x.name for x in tmp_path.iterdir()] == ["new"]
+    assert [x.name for x in (tmp_path / "new").iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
 
 
 @pytest.mark.parametrize("kind", inputs.KINDS)

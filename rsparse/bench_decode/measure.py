@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import rsparse
 from kernels import timing
+from kernels.destination import check_destination
 from rsparse import int4, models, planning, texts
-from rsparse.accounting import check_sparsity
+from rsparse.accounting import check_rho, check_sparsity
 from rsparse.bench_decode import baselines
 from rsparse.bench_decode.arrivals import Arrivals, repeated, summary, timed
 from rsparse.bench_decode.baselines import BASELINES
@@ -34,6 +35,7 @@ from rsparse.provenance import (
     versions,
 )
 from rsparse.recipe import Recipe
+from rsparse.thresholds import SCORES
 
 INT4 = "int4"
 """The dtype of a plan whose weights are INT4, in groups of 128 and rounded to nearest, and whose activations are
@@ -47,8 +49,9 @@ class Plan:
     """What is measured. model: a name that models.load_model takes; layers: of random weights, None for all. dtype: of
     the weights, one of models.DTYPES or INT4.
 
-    methods: names in METHODS, or name@sparsity where it is not the plan's. sparsity, rho, score, recipe: as `sparsify`
-    takes them. text: of real checkpoints, for calibration and prompts. ValueError for a value that is not allowed.
+    methods: names in METHODS, or name@sparsity where it is not the plan's. sparsity, rho, score: as `sparsify` takes
+    them. recipe: a file, for r-sparse. text: of real checkpoints, for calibration and prompts; random weights ignore
+    it. ValueError for a value that is not allowed.
     """
 
     model: str
@@ -74,7 +77,7 @@ class Plan:
         known_dtypes = (*models.DTYPES, INT4)
         for what, chosen, known in (
             ("method", named, rsparse.METHODS), ("baseline", self.baselines, BASELINES),
-            ("dtype", [self.dtype], known_dtypes),
+            ("dtype", [self.dtype], known_dtypes), ("score", [self.score], SCORES),
         ):  # fmt: skip
             for value in chosen:
                 if value not in known:
@@ -86,6 +89,9 @@ class Plan:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
         if self.layers is not None and not self.random:
             raise ValueError(f"layers is {self.layers} for the checkpoint {self.model!r}; expected random weights")
+        check_rho(self.rho)
+        if self.text is not None and not self.random:
+            texts.check_text(self.text, "heldout")
 
     @property
     def random(self) -> bool:
@@ -119,13 +125,19 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
     "reference" reads every weight, whatever its bytes say: such a row is a sparse method's sparsity and its bytes, not
     its speed.
 
-    Raises ValueError, before weights are loaded, for a model, dtype or device that is not there.
+    Raises ValueError, before weights are loaded, for a `path` that cannot be written, a model, dtype, device or recipe
+    that is not there; before anything is timed, for a recipe of another model.
     """
+    if path is not None:
+        check_destination(path)
+    recipe = Recipe.load(plan.recipe) if plan.recipe else None
     empty = models.skeleton(plan.model)
     _check_reach(plan, empty)
     Architecture.of(empty.config)
     check_request(empty, torch.zeros(plan.batch, plan.prompt, dtype=torch.long), plan.new)
     model = _load(plan)
+    if recipe is not None and plan.dtype != INT4:  # INT4 weights are others, and not there yet
+        recipe.check(model)
     ids, steps, calibration = _texts(plan, model)
     head = asdict(plan) | {
         "bandwidth": timing.bandwidth(model.device.type), "device_name": device_name(plan.device),
@@ -165,7 +177,10 @@ def _rows(
 
 
 def _check_reach(plan: Plan, model: nn.Module) -> None:
-    """ValueError for a method that cannot reach its sparsity on `model`, whose weights may be absent."""
+    """ValueError for more layers than `model` has, whose weights may be absent, and for a method that cannot reach its
+    sparsity on it."""
+    if plan.layers is not None and plan.layers > (most := model.config.num_hidden_layers):
+        raise ValueError(f"layers is {plan.layers}; expected at most {most}, all of {plan.model}'s")
     check_sparsity(plan.sparsity)
     for method, sparsity in plan.asked:
         knob = "sparsity" in rsparse.METHODS[method].takes
@@ -263,11 +278,12 @@ def lines(found: dict[str, Any]) -> list[str]:
     dense = [row for row in found["rows"] if row["engine"] != "ours" or row["name"] == "dense"]
     text = [f"{found['model']}, {found['dtype']}, {found['device_name']}: prompt {found['prompt']}, {found['new']} new "
             f"tokens, batch {found['batch']}; reading reaches {found['bandwidth'] / 1e9:.0f} GB/s"]  # fmt: skip
+    unit = "tokens/s" if found["batch"] == 1 else "tokens/s per text"
     for row in found["rows"]:
         ratios = [f"{x['step_s'] / row['step_s']:.2f}x {x['name']}" for x in dense if x is not row]
         realised = f", realised sparsity {row['realised']:.3f}" if row.get("realised") is not None else ""
         text.append(
-            f"{row['name']} ({row['engine']}, {row['linears']}): {1 / row['step_s']:.1f} tokens/s, "
+            f"{row['name']} ({row['engine']}, {row['linears']}): {1 / row['step_s']:.1f} {unit}, "
             f"{100 * row['share_of_limit']:.0f}% of the bandwidth limit, {1e3 * row['non_weight_s']:.2f} ms beside the "
             f"weights, prefill {1e3 * row['prefill_s']:.0f} ms{realised}; {', '.join(ratios)}".rstrip("; ")
         )
