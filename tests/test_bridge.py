@@ -9,10 +9,13 @@ import small_checkpoint
 import torch
 
 from reference import recorded
+from rsparse import evaluate, harness
 from rsparse.accounting import split_budget
+from rsparse.apply import protocol_of
 from rsparse.calibrate import MAGNITUDE
 from rsparse.evaluate import token_losses
 from rsparse.exhibits import multi_phase, phase_reading, rank_reading, residual_reading, residuals
+from rsparse.linears import KeptTally
 from rsparse.models import decoder_linears
 from rsparse.phases import collect
 from rsparse.phases import multi_phase as hang
@@ -54,6 +57,45 @@ def test_a_number_of_phases_is_measured_as_by_hand(study, phased):
     assert value == pytest.approx(math.exp(float(losses.mean())), rel=1e-6)
     assert set(own.loc[own["metric"] == "acc", "task"]) == {"piqa", "obqa"}
     assert own["realised"].dropna().between(0.4, 0.6).all() and own["planned"].isna().all()
+
+
+def test_every_method_is_sparse_at_the_same_tokens(study, tmp_path, monkeypatch):
+    """What the protocol says where tasks are scored, and where losses are; a dense model has none."""
+    seen = {"score_tasks": [], "token_losses": []}
+
+    def spied(module, name: str):
+        real = getattr(module, name)
+
+        def spy(model, *args):
+            protocol = protocol_of(model)
+            seen[name].append(protocol and protocol.tokens)
+            return real(model, *args)
+
+        monkeypatch.setattr(module, name, spy)
+
+    spied(harness, "score_tasks")
+    spied(evaluate, "token_losses")
+    anew = Study(study.sources, Table("figure-2", "smoke", str(tmp_path), "cpu"), bench=study.bench)
+    multi_phase.measure(anew, multi_phase.Plan(**PHASES))
+    assert seen == {"score_tasks": [None, *["scored"] * 4], "token_losses": [None, *["all"] * 4]}
+    rows = anew.table.frame
+    assert set(rows["method"]) == {"dense", "teal", "r-sparse", "multi-phase-relu"}
+    assert set(rows.loc[rows["task"] == "heldout", "tokens"]) == {"all"}
+    assert set(rows.loc[rows["task"] != "heldout", "tokens"]) == {"scored"}
+
+
+def test_the_realised_share_weighs_linears_by_their_weights(build):
+    """Kind by kind another share stays, counted over two tokens."""
+    model = build()
+    shares = dict(q=0.1, k=0.9, v=0.8, o=0.2, gate=0.3, up=0.4, down=0.7)
+    tallies, read, sizes = {}, 0.0, 0
+    for x in decoder_linears(model):
+        stays = round(shares[x.kind] * x.channels)
+        tallies[x.name] = KeptTally()
+        tallies[x.name].add(torch.arange(x.channels) < torch.tensor([[stays - 2], [stays + 2]]))
+        read += x.module.weight.numel() * stays / x.channels
+        sizes += x.module.weight.numel()
+    assert multi_phase.replaced(model, tallies) == pytest.approx(1 - read / sizes, abs=1e-12)
 
 
 def test_recoveries_are_what_is_won_back_minus_what_is_missing(study, phased):

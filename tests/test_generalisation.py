@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from reference import recorded
-from rsparse import harness
+from rsparse import harness, texts
 from rsparse.exhibits import generalisation, generalisation_reading
 from rsparse.exhibits.generalisation import Plan, activations, overlap, spearman
 from rsparse.models import KINDS, decoder_linears
@@ -57,11 +57,11 @@ def measured(tmp_path_factory):
 
 def test_rows_are_of_every_text_and_linear(measured):
     _, rows = measured
-    texts = rows[rows["source"] != ""]
-    assert set(texts["source"]) == {"calibration", "heldout", "tasks", "random tokens"}
-    assert set(texts.loc[texts["source"] == "calibration", "samples"]) == {1, 4}
+    named = rows[rows["source"] != ""]
+    assert set(named["source"]) == {"calibration", "heldout", "tasks", "random tokens"}
+    assert set(named.loc[named["source"] == "calibration", "samples"]) == {1, 4}
     for metric, control in generalisation_reading.METRICS:
-        part = texts[(texts["metric"] == metric) & (texts["control"] == control)]
+        part = named[(named["metric"] == metric) & (named["control"] == control)]
         assert len(part) == 5 * 2 * len(KINDS), (metric, control)
         assert part["value"].between(-1, 1).all()
     assert len(rows[rows["control"] == "next-layer"]) == len(KINDS)
@@ -87,6 +87,46 @@ def test_a_map_is_of_all_components_of_a_small_weight(measured):
     want = stats.spearmanr(means["calibration", 1], means["reference", 0]).statistic
     assert own["similarity_activation", "real"] == pytest.approx(want, abs=1e-4)
     assert own["similarity", "permuted-x"] < own["similarity", "real"]
+
+
+def test_another_layers_map_is_the_one_before(measured):
+    """The control of every kind, from an SVD of both layers and the reference's inputs."""
+    study, rows = measured
+    maps = {}
+    linears, ids = decoder_linears(study.dense()), next(generalisation._pieces(study, Plan([0], [1, 4], [])))[2]
+    inputs = recorded(study.model, ids)[0]
+    for x in linears:  # of at most 64 components, all of them in the map
+        _, S, Vh = torch.linalg.svd(x.module.weight.detach().double(), full_matrices=False)
+        maps[x.layer, x.kind] = ((S[:, None] * Vh).abs() * inputs[x.name].abs().mean(0)).flatten()
+    found = rows[rows["control"] == "next-layer"].set_index("linear")["value"]
+    want = {kind: stats.spearmanr(maps[0, kind], maps[1, kind]).statistic for kind in KINDS}
+    assert found.to_dict() == pytest.approx(want, abs=1e-3)
+    assert max(want.values()) < 0.9, "far from what a map has with itself"
+
+
+def test_no_sample_is_held_against_itself(measured):
+    """The reference's windows and those of growing numbers are different windows of the calibration text."""
+    study, _ = measured
+    pieces = list(generalisation._pieces(study, Plan([0], [4, 1], ["heldout", "tasks", "random tokens"])))
+    own = [(source, count, len(ids), goes_on) for source, count, ids, goes_on in pieces[:3]]
+    assert own == [("reference", 0, 2, False), ("calibration", 1, 1, False), ("calibration", 4, 3, True)]
+    windows = [tuple(window.tolist()) for _, _, ids, _ in pieces[:3] for window in ids]
+    assert len(set(windows)) == 6
+    assert set(windows) == set(map(tuple, texts.token_ids("tiny", "calibration", study.tokenizer, 6, 48, 0).tolist()))
+    for source, count, ids, goes_on in pieces[3:]:
+        assert count == 2 and not goes_on and torch.equal(ids, generalisation.source_ids(study, source))
+
+
+def test_every_source_reads_its_own_text(measured, tmp_path):
+    """The other text is an empty folder, of which reading fails."""
+    study, _ = measured
+    own = {role: texts.token_ids("tiny", role, study.tokenizer, 2, 48, 0) for role in texts.ROLES}
+    assert not torch.equal(*own.values())
+    for role, other in zip(texts.ROLES, reversed(texts.ROLES), strict=True):
+        alone = study.sibling(**{other: f"c4:{tmp_path}"})
+        assert torch.equal(generalisation.source_ids(alone, role), own[role])
+    tasks = texts.windows(harness.row_texts("tiny", 2), study.tokenizer, 2, 48, 0)
+    assert torch.equal(generalisation.source_ids(study, "tasks"), tasks)
 
 
 def test_texts_are_what_they_are_called(measured):

@@ -8,6 +8,7 @@ import pytest
 import small_checkpoint
 import torch
 
+from rsparse import texts
 from rsparse.exhibits import inside, inside_reading
 from rsparse.models import KINDS
 from rsparse.propagation import block_errors
@@ -52,12 +53,17 @@ def test_rows_are_those_of_the_model(measured):
     study, histograms, rows = measured
     setting = Setting("teal", 0.5, 0.7)
     study.apply(setting, 0)
-    tokens = together(per_token(study.model, study.heldout))
     rows = rows[(rows["line"] == "teal") & (rows["sparsity"] == 0.5)]
-    own = rows[(rows["linear"] == "decoder") & (rows["text"] == "heldout")]
-    assert own.set_index("metric")["value"]["realised_worst"] == pytest.approx(float(tokens.min()), abs=1e-6)
-    shares = histograms["teal", 0.5]
-    assert shares.sum() == pytest.approx(1) and shares[round(float(tokens[5]) * 400 - 0.5)] > 0
+    for text, samples, length in (("calibration", 2, 48), ("heldout", 3, 40)):
+        ids = texts.token_ids("tiny", text, study.tokenizer, samples, length, 0)
+        tokens = together(per_token(study.model, ids)).numpy()
+        own = rows[(rows["linear"] == "decoder") & (rows["text"] == text)].set_index("metric")
+        assert set(own["n"].dropna()) == {samples * length}
+        firsts = tokens[::length]
+        wanted = {"mean": tokens.mean(), "spread": tokens.std(), "worst": tokens.min(), "first": firsts.mean()}
+        assert {name: own["value"][f"realised_{name}"] for name in wanted} == pytest.approx(wanted, abs=1e-6)
+    shares = histograms["teal", 0.5]  # of the held-out text
+    np.testing.assert_allclose(shares, np.histogram(tokens, 400, (0, 1))[0] / len(tokens))
     errors = rows[rows["task"] == "residual-stream"].sort_values("layer")["value"]
     np.testing.assert_allclose(errors, block_errors(study.model, study.heldout).mean(0), rtol=1e-5)
 

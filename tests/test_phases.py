@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from reference import recorded
-from rsparse.apply import protocol_of
-from rsparse.calibrate import Calibration
+from rsparse.apply import masks_of, protocol_of
+from rsparse.calibrate import ROUNDS, Calibration, run_decoder
 from rsparse.evaluate import token_losses
 from rsparse.models import decoder_linears
 from rsparse.phases import SIDES, PhaseLinear, ValueStatistics, collect, multi_phase
@@ -124,6 +124,36 @@ def test_on_a_model_and_off_again(build, ids, logits):
         changed = logits(model, ids)
     assert (changed - before).abs().max() > 1e-2
     assert torch.equal(logits(model, ids), before), "dense again, bit for bit"
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_levels_are_read_again_on_the_model_that_has_them(build, ids, side):
+    """As often as static thresholds are; here by hooks that put them in the inputs of a dense model's linears."""
+    model = build()
+    linears = decoder_linears(model)
+    dense = collect(model, ids, linears)
+    with multi_phase(Calibration(model, ids), 0.75, 2, side, dense):
+        found = {name: module.levels for name, (_, module) in masks_of(model).items()}
+    passes = [{x.name: dense[x.layer, x.site].levels(0.75, 2, side) for x in linears}]
+    for _ in range(ROUNDS):
+        seen = {x.name: ValueStatistics() for x in linears}
+
+        def replaced(name: str, x: torch.Tensor, levels=passes[-1], seen=seen) -> torch.Tensor:
+            seen[name].add(x)
+            return torch.where(levels[name].stays(x), x, levels[name].level(x))
+
+        handles = [x.module.register_forward_pre_hook(lambda _, a, n=x.name: (replaced(n, a[0]),)) for x in linears]
+        run_decoder(model, ids)
+        for handle in handles:
+            handle.remove()
+        passes.append({name: statistics.levels(0.75, 2, side) for name, statistics in seen.items()})
+    for x in linears:
+        wanted = passes[-1][x.name]
+        assert found[x.name].threshold == pytest.approx(wanted.threshold, rel=BIN)
+        torch.testing.assert_close(found[x.name].values, wanted.values)
+        torch.testing.assert_close(found[x.name].edges, wanted.edges)
+    last = linears[-1].name
+    assert len({float(levels[last].values[0]) for levels in passes}) == ROUNDS + 1, "every pass has levels of its own"
 
 
 def test_many_phases_are_the_dense_model(build, ids, logits):

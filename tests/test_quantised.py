@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import small_checkpoint
+import torch
 from scipy import stats
 
-from rsparse import claims, gptq_checkpoint, int4, models, predicates
+from rsparse import claims, gptq, gptq_checkpoint, int4, models, predicates, texts
 from rsparse.exhibits import quantised, quantised_reading
 from rsparse.exhibits.quantised import LOADED, Plan
 from rsparse.predicates import Context
@@ -112,6 +115,29 @@ def test_studies_of_one_bench_put_their_own_weights_back(measured):
     there.apply(plan.teal(0.5), 0)
     assert models.decoder_linears(made.dense())[0].module is linear
     assert made.bench.applied is None
+
+
+def test_gptq_is_calibrated_on_the_calibration_text(measured, tmp_path, monkeypatch):
+    """With samples, length and seed of its own; the held-out text is an empty folder, of which reading fails."""
+    made, _, _ = measured
+    monkeypatch.setenv("RSPARSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gptq, "check_library", lambda: None)
+    monkeypatch.setattr(gptq, "metadata", SimpleNamespace(version=lambda _: "made up"))
+    seen = []
+
+    def quantize(model, ids):
+        seen.append(ids)
+        return {x.name: int4.nearest(x.module.weight) for x in models.decoder_linears(model)}
+
+    monkeypatch.setattr(gptq, "quantize", quantize)
+    (tmp_path / "empty").mkdir()
+    own = Quantization("int4-gptq", samples=3, length=32)
+    sources = replace(made.sources, heldout=f"c4:{tmp_path / 'empty'}", quantization=own)
+    there = Study(sources, Table("table-2", "preset", tmp_path / "table"), seed=4, bench=made.bench)
+    assert isinstance(models.decoder_linears(there.dense())[0].module, int4.Int4Linear)
+    made.dense()
+    (ids,) = seen
+    assert torch.equal(ids, texts.token_ids("tiny", "calibration", made.tokenizer, 3, 32, 4))
 
 
 def test_the_claims_find_their_rows(measured):
