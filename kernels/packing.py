@@ -1,8 +1,9 @@
 """Where weights are laid out for the kernels, once: W^T row by row, so that a channel that is dropped is never read.
 
 On a GPU a table is (n + r, m): W^T, and A^T's r rows below it; m is padded to whole blocks of columns, so that no load
-needs a mask along its row and all are 16 bytes wide. On a CPU the columns are cut into chunks, (chunks, n + r, width),
-so that every thread reads rows of its own. INT4 tables hold eight outputs of one channel in an int32.
+needs a mask along its row and all are 16 bytes wide (INT4 in blocks of 128 columns: 8). On a CPU the columns are cut
+into chunks, (chunks, n + r, width), so that every thread reads rows of its own. INT4 tables hold eight outputs of one
+channel in an int32.
 
 A table serves the plain product as well (operations.dense), so that the linear it was made from can be freed: a model
 is held once. Several linears that read the same x (q, k and v; gate and up) are packed side by side as `segments` of

@@ -61,8 +61,8 @@ class Quantized:
 
 
 def round_to_nearest(weight: Tensor) -> Quantized:
-    """The nearest codes of `weight` (m, n) on GPTQ's own grid, whose step is a group's largest magnitude / 7.5: its
-    control, which makes up for no error.
+    """The nearest codes of `weight` (m, n), with a group's largest magnitude / 7.5 for its step, as GPTQ takes it of
+    the weights that it has made up: its control, which makes up for no error.
 
     ValueError where n is no multiple of 128.
     """

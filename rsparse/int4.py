@@ -43,8 +43,7 @@ class Int4Linear(nn.Linear):
         m, n = quantized.shape
         super().__init__(n, m, bias=False, device="meta")
         self.factor_dtype = check_factors(factor_dtype)
-        if factor_dtype != STORED and DTYPES[factor_dtype].itemsize > dtype.itemsize:
-            raise ValueError(f"factor_dtype is {factor_dtype!r}; expected no more bits than the model's {dtype}")
+        check_held(factor_dtype, dtype)
         if factor_dtype == STORED and self.out_features % GROUP:
             raise ValueError(f"the weight has {self.out_features} outputs; INT4 factors need a multiple of {GROUP}")
         packed, device = to_gptq(quantized), quantized.device
@@ -71,6 +70,12 @@ def check_factors(name: str) -> str:
     if name not in FACTORS:
         raise ValueError(f"factor_dtype is {name!r}; expected one of {', '.join(FACTORS)}")
     return name
+
+
+def check_held(name: str, dtype: torch.dtype) -> None:
+    """ValueError for factors that a model of `dtype`, which holds them as its weights, would round."""
+    if name != STORED and DTYPES[name].itemsize > dtype.itemsize:
+        raise ValueError(f"factor_dtype is {name!r}; expected no more bits than the model's {dtype}")
 
 
 def _rounded_columns(factor: Tensor) -> Tensor:

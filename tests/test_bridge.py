@@ -135,11 +135,14 @@ def test_the_bias_matrix_is_the_stacked_one(study, bridged):
         assert own["stable_rank_share"] == pytest.approx(own["stable_rank"] / min(x.shape))
         assert rows.loc[chosen, "n"].eq(140).all()
         first = inputs[x.name][:70]
-        S = torch.linalg.svdvals((first * (first.abs() <= levels.threshold)) @ W.T)
-        chosen = (rows["task"] == "dropped-values") & (rows["score"] == "magnitude") & (rows["linear"] == x.kind)
-        own = rows[chosen & (rows["metric"] == "stable_rank")].iloc[0]
-        assert own["value"] == pytest.approx(float((S**2).sum() / S[0] ** 2), rel=1e-3)
-        assert own["n"] == 70 and own["sparsity"] == 0.8
+        dropped = first.abs() <= levels.threshold
+        level = torch.where(first <= edge, levels.values[0].double(), levels.values[1].double())
+        for task, vectors in (("dropped-values", first * dropped), ("bias-sums", level * dropped)):
+            S = torch.linalg.svdvals(vectors.double() @ W.T)
+            chosen = (rows["task"] == task) & (rows["score"] == "magnitude") & (rows["linear"] == x.kind)
+            own = rows[chosen & (rows["metric"] == "stable_rank")].iloc[0]
+            assert own["value"] == pytest.approx(float((S**2).sum() / S[0] ** 2), rel=1e-3), task
+            assert own["n"] == 70 and own["sparsity"] == 0.8
 
 
 def test_the_signed_bias_matrix_has_levels_of_its_own(study, bridged):
@@ -279,8 +282,10 @@ def test_the_reading_beside_the_deployed_methods():
 def test_the_reading_of_stable_ranks(value, word):
     base = {"metric": "stable_rank", "linear": "q"}
     rows = pd.DataFrame([
-        base | {"task": "bias-matrix", "score": "magnitude", "value": 2.0},
+        base | {"task": "bias-matrix", "score": "magnitude", "value": 1.0},
         base | {"task": "bias-matrix", "score": "signed", "value": 3.0},
+        base | {"task": "bias-sums", "score": "magnitude", "value": 2.0},
+        base | {"task": "bias-sums", "score": "signed", "value": 4.0},
         base | {"task": "dropped-values", "score": "magnitude", "value": value},
         base | {"task": "dropped-values", "score": "signed", "value": 5.0},
         base | {"task": "residual", "score": None, "value": 7.0},

@@ -94,7 +94,7 @@ def test_a_bound_of_what_may_be_missed(tmp_path, value, spread, expected):
 def test_a_factor_of_two_has_two_sides(tmp_path, ratio, expected):
     base = dict(method=None, against=None, score="magnitude", metric="stable_rank", layer=0, linear="q", low=None,
                 high=None, stderr=None, sparsity=0.9, rho=None)  # fmt: skip
-    rows = [base | dict(task="dropped-values", value=3 * ratio), base | dict(task="bias-matrix", value=3.0)]
+    rows = [base | dict(task="dropped-values", value=3 * ratio), base | dict(task="bias-sums", value=3.0)]
     frame = table(*rows)
     assert verdict(write(tmp_path, "tiny", "figure-2", frame), "bias-rank-is-the-residuals", "tiny").verdict == expected
 

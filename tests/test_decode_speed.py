@@ -241,6 +241,10 @@ def test_three_ratios_and_eager_code_in_fp32():
     assert "another run" not in decode_reading.ratio_reading(own)
     later = document(row("dense"), row("r-sparse", 0.0125, 0.5), date="2026-01-02T00:00:00+00:00")
     rows = frame(document(*[row(name) for name in STEPS if name != "dense"]), later)
+    halves = [later | {"dtype": "bfloat16"}, document(row("hf-eager"))]
+    assert "another run on the same kind of device: Hugging Face, eager in FP32 (llama" in decode_reading.ratio_reading(
+        decode_reading.ratios(frame(*halves))
+    )
     assert "Timed in another run on the same kind of device: Hugging Face, compiled" in decode_reading.ratio_reading(
         decode_reading.ratios(rows)
     )

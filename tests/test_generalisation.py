@@ -64,7 +64,7 @@ def test_rows_are_of_every_text_and_linear(measured):
         part = named[(named["metric"] == metric) & (named["control"] == control)]
         assert len(part) == 5 * 2 * len(KINDS), (metric, control)
         assert part["value"].between(-1, 1).all()
-    assert len(rows[rows["control"] == "next-layer"]) == len(KINDS)
+    assert len(rows[rows["control"] == "other-layer"]) == len(KINDS)
 
 
 def test_a_map_is_of_all_components_of_a_small_weight(measured):
@@ -98,7 +98,7 @@ def test_another_layers_map_is_the_one_before(measured):
     for x in linears:  # of at most 64 components, all of them in the map
         _, S, Vh = torch.linalg.svd(x.module.weight.detach().double(), full_matrices=False)
         maps[x.layer, x.kind] = ((S[:, None] * Vh).abs() * inputs[x.name].abs().mean(0)).flatten()
-    found = rows[rows["control"] == "next-layer"].set_index("linear")["value"]
+    found = rows[rows["control"] == "other-layer"].set_index("linear")["value"]
     want = {kind: stats.spearmanr(maps[0, kind], maps[1, kind]).statistic for kind in KINDS}
     assert found.to_dict() == pytest.approx(want, abs=1e-3)
     assert max(want.values()) < 0.9, "far from what a map has with itself"
@@ -150,7 +150,7 @@ def test_the_reading_weighs_a_map_against_its_weight():
         row("calibration", 0.95), row("heldout", 0.85), row("random tokens", 0.5),
         row("calibration", 0.7, control="permuted-x"), row("heldout", 0.7, control="permuted-x"),
         row("calibration", 0.6, "similarity_activation"), row("heldout", 0.4, "similarity_activation"),
-        row("", 0.1, control="next-layer"),
+        row("", 0.1, control="other-layer"),
     ])  # fmt: skip
     said = generalisation_reading.reading(rows, "m")
     for part in ("by 0.900 at the median and 0.850 at least", "50% of the comparisons", "it is 0.700", "is 0.500 at"):

@@ -64,7 +64,7 @@ def test_rows_are_those_of_the_model(measured):
         assert {name: own["value"][f"realised_{name}"] for name in wanted} == pytest.approx(wanted, abs=1e-6)
     shares = histograms["teal", 0.5]  # of the held-out text
     np.testing.assert_allclose(shares, np.histogram(tokens, 400, (0, 1))[0] / len(tokens))
-    errors = rows[rows["task"] == "residual-stream"].sort_values("layer")["value"]
+    errors = rows[rows["metric"] == "relative_error"].sort_values("layer")["value"]
     np.testing.assert_allclose(errors, block_errors(study.model, study.heldout).mean(0), rtol=1e-5)
 
 
@@ -78,11 +78,31 @@ def test_differences_are_over_the_same_samples(measured):
     gap = errors[0] - errors[1]
     own = rows[(rows["metric"] == "diff_relative_error") & (rows["sparsity"] == 0.5)]
     assert set(zip(own["line"], own["against"], strict=True)) == {
-        ("r-sparse (whitened)", "teal"), ("cats", "teal"), ("cats", "r-sparse (whitened)")
+        ("r-sparse (whitened)", "teal"), ("teal", "cats"), ("r-sparse (whitened)", "cats")
     }  # fmt: skip
-    own = own[(own["line"] == "r-sparse (whitened)")].sort_values("layer")
+    own = own[(own["line"] == "r-sparse (whitened)") & (own["against"] == "teal")].sort_values("layer")
+    whole, own = own[own["linear"] == "all blocks"], own[own["linear"] != "all blocks"]
     np.testing.assert_allclose(own["value"], gap.mean(0), atol=1e-6)
     np.testing.assert_allclose(own["stderr"], gap.std(0, ddof=1) / len(gap) ** 0.5, atol=1e-6)
+    np.testing.assert_allclose(whole["stderr"], gap.mean(1).std(ddof=1) / len(gap) ** 0.5, atol=1e-6)
+
+
+def test_differences_do_not_ask_for_an_order_and_are_means_over_seeds(measured, tmp_path):
+    """A method with factors alone has one run, beside two calibrated ones."""
+    study, _, _ = measured
+    study = Study(study.sources, Table("inside", "smoke", str(tmp_path), "cpu"))
+    inside.measure(study, inside.Plan(["low-rank", "teal"], [0.5], 0.7, "static", [0, 1]))
+    rows, errors = study.table.frame, {}
+    for name, seeds in (("teal", (0, 1)), ("low-rank", (0,))):
+        runs = []
+        for seed in seeds:
+            study.apply(Setting(name, 0.5, 0.7), seed)
+            runs.append(block_errors(study.model, study.heldout).numpy())
+        errors[name] = np.mean(runs, axis=0)
+    own = rows[(rows["metric"] == "diff_relative_error") & (rows["linear"] != "all blocks")].sort_values("layer")
+    assert set(zip(own["line"], own["against"], strict=True)) == {("low-rank", "teal")}
+    assert set(own["seed"]) == {"0/1"}
+    np.testing.assert_allclose(own["value"], (errors["low-rank"] - errors["teal"]).mean(0), atol=1e-6)
 
 
 def test_what_a_setting_took_is_told(measured):
@@ -122,6 +142,7 @@ def stream(line: str, *values: float) -> list[dict]:
 def test_the_reading_of_errors(other, said):
     rows = stream("teal", 0.05, 0.1, 0.4) + stream("r-sparse", *other)
     gap = rows[-1] | {"line": "r-sparse", "against": "teal", "metric": "diff_relative_error", "low": -0.1, "high": 0.3}
+    assert "told apart" not in inside_reading.error_reading(pd.DataFrame(rows), "m"), "no difference was measured"
     both = inside_reading.error_reading(pd.DataFrame([*rows, gap]), "m")
     assert "is teal (not told apart: r-sparse)" in both
     rows = pd.DataFrame([*rows, gap | {"low": 0.05}])

@@ -51,6 +51,13 @@ def test_a_plan_that_is_not_allowed_is_refused_whole(values, said):
         Plan(**FINE | values)
 
 
+def test_factors_that_the_model_cannot_hold_are_refused_before_the_rest(tmp_path):
+    study = Study(Sources("tiny", "smoke", "bfloat16"), Table("table-2", "smoke", str(tmp_path), "cpu"))
+    with pytest.raises(ValueError, match="factor_dtype is 'float32'.*bfloat16"):
+        quantised.measure(study, Plan(**FINE | {"factor_dtypes": ["float16", "float32"]}))
+    assert study.table.frame.empty
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """(study, rows); as GPTQ stand codes of weights that were changed a little, so that they are not the nearest."""

@@ -126,7 +126,8 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
     its speed.
 
     Raises ValueError, before weights are loaded, for a `path` that cannot be written, a model, dtype, device or recipe
-    that is not there; before anything is timed, for a recipe of another model.
+    that is not there; before anything is timed, for a recipe of another model, and with INT4, whose weights it must be
+    of, before its own row.
     """
     if path is not None:
         check_destination(path)

@@ -7,7 +7,7 @@ Functions that choose return an empty frame where nothing was measured; `absent`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -258,7 +258,8 @@ def teal_reading(own: pd.DataFrame) -> str:
         return "Our dense engine was not timed beside TEAL here."
     said = [f"{_span(rows['ratio'])} at {sparsity:.0%}" for sparsity, rows in part.groupby("sparsity")]
     return (f"TEAL over {OURS}, which like the baseline of TEAL's authors is the same loop without sparsity: "
-            f"{listed(said)}. Their numbers are of other GPUs and trained weights.")  # fmt: skip
+            f"{listed(said)}. Their numbers are of other GPUs and trained weights."
+            + _of_other_runs(own[own["name"] == "teal"], own, [(name, None) for name in BASELINES]))  # fmt: skip
 
 
 # Parts of a step
@@ -445,15 +446,19 @@ def ratio_reading(own: pd.DataFrame) -> str:
             said.append(f"{_span(values)} {name}")
     words = f"R-Sparse at {HALF:.0%}: {listed(said)}." if said else "No baseline was timed beside R-Sparse."
     words += f" Not measured beside it: {listed(missing)}." if missing else ""
-    return words + _of_other_runs(own)
+    same = [(name, None) for name in BASELINES]
+    return words + _of_other_runs(at(own, name="r-sparse", sparsity=HALF), own, [*same, ("hf-eager", "float32")])
 
 
-def _of_other_runs(own: pd.DataFrame) -> str:
-    """Which baselines are older or younger than the row that they stand beside; "" where all are of its run."""
-    part = at(own, name="r-sparse", sparsity=HALF)[[*SETTING, "date"]]
-    both = part.merge(own[own["name"].isin(BASELINES)], on=SETTING, suffixes=("", "_base"))
-    apart = both[both["date"] != both["date_base"]]
-    if apart.empty:
-        return ""
-    names = listed(sorted({f"{LABELS[row['name']]} ({panel(row)})" for _, row in apart.iterrows()}))
-    return f" Timed in another run on the same kind of device: {names}."
+def _of_other_runs(part: pd.DataFrame, among: pd.DataFrame, against: Sequence[tuple[str, str | None]]) -> str:
+    """Which baselines (and of which storage, where not the row's own) are of another run than the rows of `part` that
+    they stand beside; "" where none is."""
+    found = set()
+    for name, dtype in against:
+        base = at(among, name=name) if dtype is None else at(among, name=name, dtype=dtype)
+        keys = [x for x in SETTING if dtype is None or x != "dtype"]
+        both = part[[*SETTING, "date"]].merge(base[[*keys, "date"]].rename(columns={"date": "of_base"}), on=keys)
+        apart = both[both["date"] != both["of_base"]]
+        said = LABELS[name] + (" in FP32" if dtype else "")
+        found |= {f"{said} ({panel(row)})" for _, row in apart.iterrows() if row["dtype"] != dtype}
+    return f" Timed in another run on the same kind of device: {listed(sorted(found))}." if found else ""

@@ -25,8 +25,9 @@ from rsparse.study import Study
 
 SOURCES = ("calibration", "heldout", "tasks", "random tokens")
 """Texts: two of the study's `Sources`, the rows of its tasks (question and answer), and tokens drawn at random."""
-CONTROLS = ("real", "permuted-x", "next-layer")
-"""What is held against the reference: the map; the map with the channels of x shuffled; another layer's map."""
+CONTROLS = ("real", "permuted-x", "other-layer")
+"""What is held against the reference: the map; the map with the channels of x shuffled; the map
+of another layer, the one before it in the plan."""
 COMPONENTS = 64
 """Rows of a map whose entries are correlated, evenly spaced among its components."""
 TOP = 0.1
@@ -138,7 +139,7 @@ def _rows(study: Study, linears: Sequence[DecoderLinear], means: Mapping) -> Ite
                 yield about | _of("overlap_top10", "real", overlap(mean, own))
         if x.kind in before:
             yield base | {"source": "", "samples": study.sources.samples} | _of(
-                "similarity", "next-layer", spearman(before[x.kind], weight * own)
+                "similarity", "other-layer", spearman(before[x.kind], weight * own)
             )
         before[x.kind] = weight * own
 

@@ -54,7 +54,7 @@ def reading(rows: pd.DataFrame, model: str, enough: float = 0.9) -> str:
 def control_reading(rows: pd.DataFrame, model: str) -> str:
     """The same for what is no text, and for another layer."""
     noise = _values(rows[rows["source"] == "random tokens"], "similarity", "real")
-    other, said = _values(rows, "similarity", "next-layer"), []
+    other, said = _values(rows, "similarity", "other-layer"), []
     if len(noise):
         said.append(f"tokens drawn at random give maps that correlate by {noise.median():.3f} at the median")
     if len(other):

@@ -80,7 +80,8 @@ def measure(study: Study, plan: Plan) -> Histograms:
         items = [_measure(study, setting, seed) for seed in setting.seeds(plan.seeds)]
         found[label(setting), setting.sparsity] = np.array(items[0]["histogram"], float)
         errors[setting] = np.mean([own["errors"] for own in items], axis=0)
-    for other, setting in itertools.combinations(errors, 2):
+    order = sorted(errors, key=lambda x: (list(METHODS).index(x.method), x.factors != "svd"))  # not the plan's
+    for other, setting in itertools.combinations(order, 2):
         if other.sparsity == setting.sparsity:
             _compare(study, plan, (setting, errors[setting]), (other, errors[other]))
     return found
@@ -107,14 +108,17 @@ def _measure(study: Study, setting: Setting, seed: int) -> dict[str, list]:
 
 
 def _compare(study: Study, plan: Plan, own: tuple[Setting, np.ndarray], other: tuple[Setting, np.ndarray]) -> None:
-    """Rows of one setting's errors minus another's, over the same samples; means over seeds."""
+    """Rows of one setting's errors minus another's, over the same samples, behind every block and over all of them;
+    means over seeds."""
     (setting, errors), (against, theirs) = own, other
     key = {"what": "inside, differences", "seeds": list(plan.seeds), "study": study.identity}
     key |= {"settings": [vars(x) | {"recipe": None} for x in (setting, against)]}
     if study.table.find(key) is None:
         base = describe(setting, study.sources) | {"tokens": "all", "line": label(setting), "against": label(against)}
         base |= {"seed": "/".join(map(str, plan.seeds)), "metric": "diff_relative_error"}
-        study.table.add(key, [row | base for row in error_rows(torch.from_numpy(errors - theirs))])
+        gap = errors - theirs
+        whole = {"task": "residual-stream", "linear": "all blocks"} | intervals.mean(gap.mean(1)).row()
+        study.table.add(key, [row | base for row in (*error_rows(torch.from_numpy(gap)), whole)])
 
 
 def realised_rows(tokens: dict[LinearReport, Tensor], length: int) -> Iterator[dict[str, Any]]:

@@ -97,19 +97,18 @@ def error_reading(rows: pd.DataFrame, model: str) -> str:
         if len(ends) > 1:
             least = ends.idxmin()
             changes = least[least != ends.index[0]].index.tolist()
-            tied = [x for x in ends.index[1:] if not _apart(rows, sparsity, last, ends.index[0], x)]
+            tied = [x for x in ends.index[1:] if _apart(rows, sparsity, last, ends.index[0], x) is False]
             said[-1] += f"; nearest behind the last block is {ends.index[0]}"
             said[-1] += f" (not told apart: {listed(tied)})" if tied else ""
             said[-1] += f", though not behind {len(changes)} of {len(least)}" if changes else ", as behind every block"
     return f"Relative error of the residual stream of `{model}` in percent, first to last block: {'. '.join(said)}."
 
 
-def _apart(rows: pd.DataFrame, sparsity: float, layer: int, one: str, other: str) -> bool:
-    """Whether the paired difference of two methods behind a block excludes zero."""
+def _apart(rows: pd.DataFrame, sparsity: float, layer: int, one: str, other: str) -> bool | None:
+    """Whether the paired difference of two methods behind a block excludes zero; None where it was not measured."""
     part = rows[(rows["metric"] == "diff_relative_error") & (rows["sparsity"] == sparsity) & (rows["layer"] == layer)]
-    sides = part[["line", "against"]].apply(set, axis=1) if len(part) else part["sparsity"]
-    part = part[[x == {one, other} for x in sides]]
-    return bool(((part["low"] > 0) | (part["high"] < 0)).any())
+    found = [row for row in part.to_dict("records") if {row["line"], row["against"]} == {one, other}]
+    return any(row["low"] > 0 or row["high"] < 0 for row in found) if found else None
 
 
 def growth_reading(rows: pd.DataFrame, model: str) -> str:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from rsparse.exhibits import paired
 from rsparse.exhibits.paired import Arm
+from rsparse.int4 import check_held
+from rsparse.models import DTYPES
 from rsparse.quantize import Quantization
 from rsparse.study import DENSE, Setting, Study, check_some
 
@@ -77,8 +79,10 @@ def measure(study: Study, plan: Plan) -> None:
     """Tasks and held-out loss of every way to store the weights, dense and sparse; then the paired differences.
 
     study: of the checkpoint's own weights. One way after the other, so that each is put in place once or, with several
-    precisions of factors, once for each.
+    precisions of factors, once for each. ValueError, before anything is measured, for factors wider than the model.
     """
+    for dtype in plan.factor_dtypes:
+        check_held(dtype, DTYPES[study.sources.dtype])
     own = _arms(study, plan, None)
     ways = {weights: _arms(study, plan, weights) for weights in plan.weights}
     for arms in (own, *ways.values()):

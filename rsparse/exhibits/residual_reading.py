@@ -11,8 +11,9 @@ from rsparse.exhibits.gains import listed
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 MATRICES = {
-    ("bias-matrix", "magnitude"): "biases (magnitude)", ("dropped-values", "magnitude"): "dropped (magnitude)",
-    ("bias-matrix", "signed"): "biases (signed)", ("dropped-values", "signed"): "dropped (signed)",
+    ("bias-matrix", "magnitude"): "bias matrix", ("bias-sums", "magnitude"): "summed biases",
+    ("dropped-values", "magnitude"): "dropped", ("bias-matrix", "signed"): "bias matrix (signed)",
+    ("bias-sums", "signed"): "summed (signed)", ("dropped-values", "signed"): "dropped (signed)",
     ("residual", ""): "residuals", ("weight", ""): "weight",
 }  # fmt: skip
 """(task, side) -> what its stable rank is of."""
@@ -38,13 +39,14 @@ def rank_reading(rows: pd.DataFrame, model: str) -> str:
         name: part.loc[(part["task"] == task) & (part["side"] == side), "value"].median()
         for (task, side), name in MATRICES.items()
     }
-    biases, dropped = middle["biases (magnitude)"], middle["dropped (magnitude)"]
+    biases, dropped = middle["summed biases"], middle["dropped"]
     word = "less than" if dropped < biases / 1.5 else "more than" if dropped > 1.5 * biases else "about as much as"
     return (
-        f"Medians over the measured linears of `{model}`: dropped by magnitude, the bias matrix has a stable rank of "
-        f"{biases:.1f} and the values that it stands for {dropped:.1f}, {word} the biases; by sign, "
-        f"{middle['biases (signed)']:.1f} and {middle['dropped (signed)']:.1f}. The deployed method's residuals have "
-        f"{middle['residuals']:.1f}, and the weights {middle['weight']:.1f}."
+        f"Medians over the measured linears of `{model}`: dropped by magnitude, the bias matrix, a row for each phase, "
+        f"has a stable rank of {middle['bias matrix']:.1f}. Added up token by token, as a linear adds them, the biases "
+        f"have {biases:.1f}, and the values that they stand for {dropped:.1f}, {word} the biases; dropped by sign, "
+        f"{middle['bias matrix (signed)']:.1f}, {middle['summed (signed)']:.1f} and {middle['dropped (signed)']:.1f}. "
+        f"The deployed method's residuals have {middle['residuals']:.1f}, and the weights {middle['weight']:.1f}."
     )
 
 

@@ -4,9 +4,10 @@ R-Sparse (arXiv 2504.19449), section 3.3, quotes a stable rank of about 400 for 
 that a low rank can stand for what is dropped. What its method approximates are other vectors, W (x - s(x)), through the
 singular vectors of W. Here both are measured, and the residuals' error at every rank with three sets of factors:
 "svd", of W, which are deployed; "whitened", made for the residuals of calibration tokens (rsparse.whitening), which
-cost the same; and "hindsight", the best for the very tokens that judge. All are judged on held-out text. To compare
-like with like, the values that the biases stand for are measured as well: of the same tokens, dropped by the same
-thresholds. Everything comes from streamed second moments; of activations, no more than one sample's is ever held.
+cost the same; and "hindsight", the best for the very tokens that judge. All are judged on held-out text. The paper's
+matrix has a row for every phase of a token; a linear adds them up. To compare like with like, these sums are measured
+as well, beside the values that they stand for: of the same tokens, dropped by the same thresholds, a row for each token
+on both sides. Everything comes from streamed second moments; of activations, no more than one sample's is ever held.
 """
 
 from __future__ import annotations
@@ -180,10 +181,8 @@ def error_curves(W: Tensor, left: Left, store: FactorStore) -> tuple[dict[str, T
 
 @torch.no_grad()
 def bias_moments(model: nn.Module, ids: Tensor, linears: Sequence[DecoderLinear], plan: Plan) -> Moments:
-    """Of the first `plan.tokens` tokens: "bias-matrix", the phase parts, and "dropped-values", what they stand for.
-
-    A token has one vector per phase, the phase's level in its channels and zero elsewhere; and one of dropped values.
-    """
+    """Of the first `plan.tokens` tokens: "bias-matrix", the phase parts, one row per phase, the phase's level in its
+    channels and zero elsewhere; "bias-sums", a token's parts added up; "dropped-values", what these stand for."""
     rows = -(-plan.tokens // ids.shape[1])
     firsts = {x.site: x for x in reversed(linears)}
     statistics = phases.collect(model, ids, linears)
@@ -198,7 +197,8 @@ def bias_moments(model: nn.Module, ids: Tensor, linears: Sequence[DecoderLinear]
         for side in phases.SIDES:
             _, seen = found.get(("dropped-values", x.site, side), (0, 0))
             own, tokens = levels[x.site, side], value.flatten(0, -2)[: plan.tokens - seen]
-            vectors = {"bias-matrix": own.parts(tokens), "dropped-values": tokens * ~own.stays(tokens)}
+            parts, dropped = own.parts(tokens), tokens * ~own.stays(tokens)
+            vectors = {"bias-matrix": parts, "bias-sums": parts.sum(-2), "dropped-values": dropped}
             for task, v in vectors.items():
                 moment, count = found.get((task, x.site, side), (0, 0))
                 found[task, x.site, side] = moment + second_moment(v), count + v[..., 0].numel()
@@ -209,8 +209,7 @@ def bias_moments(model: nn.Module, ids: Tensor, linears: Sequence[DecoderLinear]
 
 
 def bias_rows(x: DecoderLinear, moments: Moments, plan: Plan, store: FactorStore) -> Iterator[dict[str, Any]]:
-    """Rows of the stable rank of the bias matrix of one linear, W times the phase parts; of W times what these stand
-    for; and of W itself."""
+    """Rows of stable ranks of one linear: of W times each of the `moments` of its input, and of W itself."""
     W, full = x.module.weight.detach(), min(x.shape)
     eye = torch.eye(x.channels, dtype=torch.float64, device=W.device)
     matrices = {("weight", x.site, ""): (eye, None)} | {at: own for at, own in moments.items() if at[1] == x.site}
@@ -220,6 +219,6 @@ def bias_rows(x: DecoderLinear, moments: Moments, plan: Plan, store: FactorStore
         stable = float(values.sum() / values[0])
         base = {"task": task, "linear": x.kind, "score": side}
         base |= {"sparsity": plan.share, "n": count} if side else {}
-        base |= {"phases": plan.count} if task == "bias-matrix" else {}
+        base |= {"phases": plan.count} if task.startswith("bias") else {}
         yield base | {"metric": "stable_rank", "value": stable}
         yield base | {"metric": "stable_rank_share", "value": stable / full}
