@@ -191,5 +191,9 @@ def test_what_is_said():
         "By held-out loss of `m`: R-Sparse 50%, 16-bit factors costs 0.0300 nats per token on INT4, GPTQ, and 0.0200 "
         "on the weights as loaded."
     )
+    own = dict(method="r-sparse", sparsity=0.5, weights="int4-gptq", factor_dtype="float16", ranks="q 1 k 0 v 0 o 2")
+    unknown = own | dict(weights=None, factor_dtype=None, ranks=None)
+    found = quantised_reading.extra_cost(pd.concat([rows, pd.DataFrame([own, unknown])], ignore_index=True), "m")
+    assert found.endswith("no low-rank path, for k and v (INT4, GPTQ: R-Sparse 50%, 16-bit factors).")
     assert "no INT4 weights" in quantised_reading.reading(rows.iloc[-1:], "m")
     assert quantised_reading.extra_cost(rows.iloc[:2], "m") == ""

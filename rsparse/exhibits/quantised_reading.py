@@ -130,20 +130,20 @@ def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str
 
 
 def _ranks(method: str, part: pd.DataFrame) -> str:
-    """Lowest to highest rank over a block's linears."""
-    if method != "r-sparse":
-        return ""
-    values = sorted(set(_of_linears(part).values()))
-    return f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
+    """Lowest to highest rank over the first block's linears; "" where there is none to tell of."""
+    values = sorted(set(_of_linears(part).values())) if method == "r-sparse" else []
+    return " to ".join(str(x) for x in dict.fromkeys((*values[:1], *values[-1:])))
 
 
 def _of_linears(part: pd.DataFrame) -> dict[str, int]:
-    words = next(iter(part["ranks"].dropna()), "q 0").split()
+    """Linear of the first block -> rank; empty where the rows do not say."""
+    words = next(iter(part["ranks"].dropna()), "").split()
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
 def _without_path(rows: pd.DataFrame) -> str:
-    """Which linears have no low-rank path although R-Sparse was asked for, by setting; "" where all have one."""
+    """Which linears of the first block have no low-rank path although R-Sparse was asked for, by setting; "" where all
+    have one."""
     part, said = plain(rows[rows["against"].isna() & (rows["method"] == "r-sparse")]), []
     for (weights, sparsity, dtype), own in part.groupby(["weights", "sparsity", "factor_dtype"]):
         if none := [kind for kind, rank in _of_linears(own).items() if rank == 0]:
