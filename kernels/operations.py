@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from kernels import cpu, packing, reference
+from kernels import packing, reference
 from kernels.packing import Packed
 
 MOST_TOKENS = {"cuda": 1, "cpu": 2}
@@ -49,8 +49,8 @@ class Gemv(nn.Module):
     launches share memory: it must not run on two streams at once. like: a module of the same shapes, configuration and
     number of tokens, whose memory it shares too; one stream for both.
 
-    ValueError for x or a residual of another shape, dtype or device; for segments that cannot be gated, a table laid
-    out for another device, and `after` what no norm of this module reads.
+    ValueError for x or a residual of another shape, dtype or device; for segments that cannot be gated, and `after`
+    what no norm of this module reads.
     """
 
     def __init__(self, packed: Packed, gated: bool = False, norm: tuple[Tensor, float] | None = None,
@@ -75,14 +75,9 @@ class Gemv(nn.Module):
         self.most_tokens = MOST_TOKENS.get(device, 0) if most_tokens is None else most_tokens
         if int4:
             self.most_tokens = min(self.most_tokens, 1 if device == "cuda" else 0)
-        if (path := self.takes(1)) != "dense" and (packed.table.ndim == 3) != (path == "cpu"):
-            raise ValueError(
-                f"the table is {tuple(packed.table.shape)} on {device}; expected the layout of that device, as pack "
-                "chooses it unless told chunked"
-            )
         # inductor refuses an operation that mutates a list of nothing
         self.configuration, self.work = None, (torch.empty(0, device=packed.table.device),)
-        if path == "triton":
+        if self.takes(1) == "triton":
             from kernels import triton_gemv
 
             self.configuration = configuration or triton_gemv.Configuration(packing.COLUMNS if int4 else 64)
@@ -126,7 +121,8 @@ class Gemv(nn.Module):
         front, eps = self.norm or (None, 0.0)
         after = self._after[0]
         before = after.left if after is not None and path == after.takes(len(rows)) == "triton" else ()
-        y = torch.ops.rsparse_kernels.gemv(
+        compute = torch.ops.rsparse_kernels.gemv if torch.compiler.is_compiling() else _compute
+        y = compute(
             rows, packed.table, packed.A, packed.B, packed.ranks, packed.thresholds, packed.scales, packed.norms,
             packed.bias, front, eps, residual, list(before), self.next, list(packed.widths), self.gated, path,
             self.configuration.numbers() if self.configuration else [], [*self.work, *self.left],
@@ -202,8 +198,7 @@ def _check_residual(residual: Tensor, x: Tensor, width: int) -> None:
         )
 
 
-@torch.library.custom_op("rsparse_kernels::gemv", mutates_args=("work",))
-def _gemv(
+def _compute(
     x: Tensor, table: Tensor, A: Tensor, B: Tensor, ranks: Tensor, thresholds: Tensor, scales: Tensor | None,
     norms: Tensor | None, bias: Tensor | None, front: Tensor | None, eps: float, residual: Tensor | None,
     before: list[Tensor], next: Tensor | None, widths: list[int], gated: bool, path: str, configuration: list[int],
@@ -219,8 +214,16 @@ def _gemv(
                                 left[0], next, left[1])  # fmt: skip
     if front is not None:
         x = reference.rms_norm(x, front, eps)
-    y = cpu.gemv(x, packed) if path == "cpu" else dense(x, packed)
-    return finish(y, packed, gated, residual)
+    return finish(_cpu(x, packed) if path == "cpu" else dense(x, packed), packed, gated, residual)
+
+
+def _cpu(x: Tensor, packed: Packed) -> Tensor:
+    from kernels import cpu  # with its compiler, which no GPU needs
+
+    return cpu.gemv(x, packed)
+
+
+_gemv = torch.library.custom_op("rsparse_kernels::gemv", _compute, mutates_args=("work",))
 
 
 @_gemv.register_fake
@@ -251,17 +254,12 @@ def _(x, gate, up, threshold, chosen, front, eps, path):
 def dense(x: Tensor, packed: Packed) -> Tensor:
     """The segments side by side, without their bias, from dense products of s(x) and x - s(x): (tokens, n) ->
     (tokens, m). Reads every weight once."""
-    n, found, at, columns = packed.channels, [], 0, 0
+    found, columns = [], 0
     for i, (m, wide) in enumerate(zip(packed.widths, packed.padded, strict=True)):
         keep = ~(reference.scores(x, None if packed.norms is None else packed.norms[i]) <= packed.thresholds[i])
         own, z = torch.where(keep, x, 0), torch.where(keep, 0, x) @ packed.B[i].T
-        if packed.table.ndim == 2:
-            found.append(own @ packing.weights(packed, i) + z @ packed.A[:, columns : columns + m])
-            columns += wide
-        else:
-            chunks = packed.table[at : at + -(-m // packed.table.shape[2])]
-            at += len(chunks)
-            found.append(torch.cat([own @ c[:n] + z @ c[n:] for c in chunks], dim=1)[:, :m])
+        found.append(own @ packing.weights(packed, i) + z @ packed.A[:, columns : columns + m])
+        columns += wide
     return torch.cat(found, dim=1)
 
 

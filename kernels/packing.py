@@ -1,9 +1,8 @@
 """Where weights are laid out for the kernels, once: W^T row by row, so that a channel that is dropped is never read.
 
-On a GPU a table is (n + r, m): W^T, and A^T's r rows below it; m is padded to whole blocks of columns, so that no load
-needs a mask along its row and all are 16 bytes wide (INT4 in blocks of 128 columns: 8). On a CPU the columns are cut
-into chunks, (chunks, n + r, width), so that every thread reads rows of its own. INT4 tables hold eight outputs of one
-channel in an int32.
+A table is (n + r, m): W^T, and A^T's r rows below it; m is padded to whole blocks of columns, so that no load on a GPU
+needs a mask along its row and all are 16 bytes wide (INT4 in blocks of 128 columns: 8). INT4 tables hold eight outputs
+of one channel in an int32.
 
 A table serves the plain product as well (operations.dense), so that the linear it was made from can be freed: a model
 is held once. Several linears that read the same x (q, k and v; gate and up) are packed side by side as `segments` of
@@ -27,8 +26,6 @@ ALIGNED = 8
 COLUMNS = 128
 """Columns of a segment are padded to a multiple: blocks of so many columns or fewer are whole. INT4 has blocks of
 so many, which hold column 16 k + c of a block in bits 4 k of word c."""
-CHUNK = 512
-"""Columns of a chunk on a CPU: enough work for a thread between two barriers, few enough that every thread has some."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class Segment:
 class Packed:
     """Segments side by side; what `operations.Gemv` takes.
 
-    table: (n + r, sum of `padded`) on a GPU, (chunks, n + r, width) on a CPU, (n, sum of `padded` / 8) int32 for INT4.
-    A: (r, sum of `padded`), the last rows of a GPU's table, or memory of its own for INT4; empty on a CPU.
+    table: (n + r, sum of `padded`), or (n, sum of `padded` / 8) int32 for INT4.
+    A: (r, sum of `padded`), the last rows of the table, or memory of its own for INT4.
     B: (segments, r, n). r is the largest rank, padded; ranks (segments,) int32 says how many of a segment are used.
     thresholds (segments,) float32. norms (segments, n) float32, bias (m,) float32, or None. scales: (n / 128, sum of
     `padded`) for INT4, or None. widths: columns of each segment.
@@ -80,7 +77,7 @@ class Packed:
 
     @property
     def padded(self) -> tuple[int, ...]:
-        """Columns of each segment in a GPU's table."""
+        """Columns of each segment in the table."""
         return padded(self.widths)
 
     @property
@@ -102,14 +99,12 @@ class Packed:
 
 
 def padded(widths: Sequence[int]) -> tuple[int, ...]:
-    """Columns of segments of so many outputs in a GPU's table."""
+    """Columns of segments of so many outputs in a table."""
     return tuple(_up(width, COLUMNS) for width in widths)
 
 
-def pack(segments: Sequence[Segment], chunked: bool | None = None) -> Packed:
+def pack(segments: Sequence[Segment]) -> Packed:
     """Lay `segments` out on the device of their weights; nothing of them is changed.
-
-    chunked: the CPU's layout; None for that of the device. INT4 has one layout.
 
     ValueError for segments that cannot share an input: other channels, dtype or device; a dtype that no kernel reads;
     factors or norms of another shape.
@@ -139,12 +134,11 @@ def pack(segments: Sequence[Segment], chunked: bool | None = None) -> Packed:
     if int4:
         weights = [x.weight for x in segments]
         return replace(found, table=_words(weights, columns), scales=_scales(weights, columns))
-    chunked = device.type == "cpu" if chunked is None else chunked
-    return replace(found, table=_chunked(table, columns), A=table.new_empty(0)) if chunked else found
+    return found
 
 
 def weights(packed: Packed, segment: int) -> Tensor:
-    """W^T (n, m) of one segment of a GPU's table; a view, but for INT4, which is dequantised."""
+    """W^T (n, m) of one segment; a view, but for INT4, which is dequantised."""
     begin, width = sum(packed.padded[:segment]), packed.widths[segment]
     if packed.scales is None:
         return packed.table[: packed.channels, begin : begin + width]
@@ -186,15 +180,6 @@ def _side_by_side(parts, missing: float, widths, device, stack: bool) -> Tensor 
         for part, width in zip(parts, widths, strict=True)
     ]
     return torch.stack(filled) if stack else torch.cat(filled)
-
-
-def _chunked(table: Tensor, widths: Sequence[int]) -> Tensor:
-    """(chunks, rows, width): no chunk crosses a segment, the last one of each is filled up with zeros."""
-    parts = []
-    for columns in table.split(list(widths), dim=1):
-        columns = pad(columns, (0, -columns.shape[1] % CHUNK))
-        parts += list(columns.split(CHUNK, dim=1))
-    return torch.stack(parts)
 
 
 def _check(segments: Sequence[Segment]) -> None:

@@ -37,7 +37,7 @@ def packed_of(dtype: torch.dtype, int4: bool, all_options: bool, segments: int) 
         weight = Quantized(empty(m, n, dtype=torch.uint8), empty(m, n // GROUP, dtype=dtype))
     factors = (empty(m, r, dtype=dtype), empty(n, r, dtype=dtype))
     options = (empty(n), empty(m)) if all_options else (None, None)
-    return pack([Segment(weight, 0.5, *factors, *options)] * segments, chunked=False)
+    return pack([Segment(weight, 0.5, *factors, *options)] * segments)
 
 
 def gemv(dtype: torch.dtype, configuration: Configuration, int4: bool, tokens: int, all_options: bool,

@@ -143,7 +143,7 @@ def test_a_gpus_table_holds_the_models_own_weights(build, ids):
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
     factors = [(x.A.clone(), x.B.clone()) for x in linears]
     expected = their_logits(model, ids, 20)
-    packed = packing.pack([packing.Segment(x.weight, 0.5, x.A, x.B) for x in linears], chunked=False)
+    packed = packing.pack([packing.Segment(x.weight, 0.5, x.A, x.B) for x in linears])
     view_of(packed, linears)
     for linear, (A, B) in zip(linears, factors, strict=True):
         assert linear.weight.untyped_storage().data_ptr() == packed.table.untyped_storage().data_ptr()
@@ -161,7 +161,7 @@ def test_weights_are_laid_out_again(build, ids):
     model = sparse(build, ids, dict(rho=0.8))
     for layer in model.model.layers:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            view_of(packing.pack([packing.Segment(linear.weight, 0.5, linear.A, linear.B)], chunked=False), [linear])
+            view_of(packing.pack([packing.Segment(linear.weight, 0.5, linear.A, linear.B)]), [linear])
     assert not model.model.layers[0].mlp.gate_proj.weight.is_contiguous()
     rsparse.sparsify(model, "cats", 0.2, calibration=ids, tokens="decode")
     assert error(Engine(model).logits(ids[:1], 20), their_logits(model, ids[:1], 20)) < 2e-5

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, seed, settings
@@ -79,17 +80,47 @@ def check(y, x, segments, gated):
 @given(problems())
 def test_gathered_rows_on_a_cpu(problem):
     x, segments, gated = problem
-    packed = pack(segments, chunked=True)
+    packed = pack(segments)
     check(operations.finish(cpu.gemv(x, packed), packed, gated, None), *problem)
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_blocks_and_threads_of_a_cpu(dtype):
+    """More columns than a block has, more rows than are summed by themselves; the same bits from any threads."""
+    generator = torch.Generator().manual_seed(0)
+    segments = [
+        segment(m, 300, 5, threshold, dtype, generator)
+        for m, threshold in ((cpu.BLOCK + 40, 0.3), (70, 2.0), (2 * cpu.BLOCK + 1, 0.8))
+    ]
+    x, packed = torch.randn(2, 300, generator=generator).to(dtype), pack(segments)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(cpu.gemv(x, packed))
+    finally:
+        torch.set_num_threads(before)
+    check(found[0], x, segments, False)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 400)), min_size=1, max_size=3), st.integers(1, 9))
+def test_threads_share_what_is_read(segments, threads):
+    """Shares cover every output once, and none has much more to read than another, but for 16 outputs' rounding."""
+    widths, counts = (np.array(part) for part in zip(*segments, strict=True))
+    cuts = cpu._cuts(widths, counts, threads)
+    assert cuts[0] == 0 and cuts[-1] == widths.sum() and (np.diff(cuts) >= 0).all() and len(cuts) == threads + 1
+    read = np.add.reduceat(np.append(np.repeat(counts, widths), 0), np.minimum(cuts[:-1], widths.sum()))
+    read[np.diff(cuts) == 0] = 0
+    assert read.max() <= (widths * counts).sum() / threads + 16 * counts.max() + 1
 
 
 @settings(max_examples=150)
 @given(problems())
-def test_the_plain_product_of_both_layouts(problem):
+def test_the_plain_product_of_a_table(problem):
     x, segments, gated = problem
-    for chunked in (True, False):
-        packed = pack(segments, chunked)
-        check(operations.finish(operations.dense(x, packed), packed, gated, None), *problem)
+    packed = pack(segments)
+    check(operations.finish(operations.dense(x, packed), packed, gated, None), *problem)
 
 
 @pytest.mark.parametrize("shard", range(20 if GPU else 2))
@@ -102,7 +133,7 @@ def test_one_launch_on_a_gpu(shard):
 def one_launch(problem, listed, splits, columns):
     """Twice in one workspace: the same bits, and nothing left behind in the flags."""
     x, segments, gated = problem
-    packed = pack([to(one) for one in segments], chunked=False)
+    packed = pack([to(one) for one in segments])
     configuration = Configuration(columns, columns // 4, splits, 1, listed)
     work = triton_gemv.workspace(packed, configuration, len(x))
     first, second = (triton_gemv.gemv(x.to(DEVICE), packed, gated, configuration, work) for _ in range(2))
@@ -133,7 +164,7 @@ def test_errors_are_those_of_a_dense_product(dtype, path):
         if path == "cpu":
             y = cpu.gemv(x[None], pack([one]))[0]
         else:
-            packed = pack([to(one)], chunked=False)
+            packed = pack([to(one)])
             y = triton_gemv.gemv(x[None].to(device), packed, False, cut, triton_gemv.workspace(packed, cut))[0].cpu()
         ours.append(wrong_by(y, exact(x, [one], False)))
         theirs.append(wrong_by((one.weight.to(device) @ x.to(device)).cpu(), one.weight.double() @ x.double()))
@@ -167,7 +198,7 @@ def test_tables_of_more_than_two_to_the_31_elements():
 
 def paths(segments, gated=False):
     """name -> function of x (tokens, n)."""
-    flat = pack(segments, chunked=False)
+    flat = pack(segments)
 
     def one_launch(x, listed):
         configuration = Configuration(64, 16, 3, 1, listed)
@@ -177,7 +208,7 @@ def paths(segments, gated=False):
         ])  # fmt: skip
 
     return {
-        "cpu": lambda x: cpu.gemv(x, pack(segments, chunked=True)),
+        "cpu": lambda x: cpu.gemv(x, pack(segments)),
         "dense": lambda x: operations.dense(x, flat),
         "masked": lambda x: one_launch(x, False),
         "listed": lambda x: one_launch(x, True),
@@ -319,13 +350,6 @@ def test_thresholds_that_do_not_fit(thresholds):
         packed.with_thresholds(thresholds)
 
 
-def test_a_table_of_another_devices_layout():
-    one = segment(6, 8, 2, 0.5, torch.float32, torch.Generator())
-    with pytest.raises(ValueError, match="on cpu; expected the layout of that device"):
-        Gemv(pack([one], chunked=False))
-    assert Gemv(pack([one], chunked=False), most_tokens=0)(torch.ones(8)).shape == (6,), "the plain product takes both"
-
-
 def test_a_norm_that_does_not_read_what_is_before_it():
     one = segment(6, 8, 2, 0.5, torch.float32, torch.Generator())
     before = Gemv(pack([one]))
@@ -360,7 +384,7 @@ def test_a_norm_in_front_and_a_residual_behind(tokens, path):
     if path == "module":
         found = Gemv(pack(segments), True, (norm, 1e-5))(x, residual)
     else:
-        packed, cut = pack([to(one) for one in segments], chunked=False), Configuration(32, 16, 3, 1, False)
+        packed, cut = pack([to(one) for one in segments]), Configuration(32, 16, 3, 1, False)
         work = triton_gemv.workspace(packed, cut, tokens)
         given = (norm.to(DEVICE), 1e-5, residual.to(DEVICE))
         found = triton_gemv.gemv(x.to(DEVICE), packed, True, cut, work, *given).cpu()
@@ -382,7 +406,7 @@ def test_a_launch_leaves_what_the_next_norm_needs(tokens, dtype, listed, monkeyp
     pair = [segment(40, 150, 5, 0.5, dtype, generator, norms=True) for _ in range(2)]
     x, residual = (torch.randn(tokens, size, generator=generator).to(dtype) for size in (96, 150))
     norm = (torch.rand(150, generator=generator) + 0.5).to(dtype)
-    packs = [pack([to(one) for one in parts], chunked=False) for parts in ([o], pair)]
+    packs = [pack([to(one) for one in parts]) for parts in ([o], pair)]
     cut = Configuration(32, 16, 3, 1, listed)
     first = Gemv(packs[0], configuration=cut, most_tokens=4)
     second = Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 4, after=first)
@@ -398,7 +422,7 @@ def test_a_launch_leaves_what_the_next_norm_needs(tokens, dtype, listed, monkeyp
         assert wrong_by(found, exact(normed.float(), pair, True)) < 16 * EPS[dtype]
         assert wrong_by(alone(y).cpu(), exact(normed.float(), pair, True)) < 60 * EPS[dtype]  # a mask may flip
     with pytest.raises(ValueError, match="expected one, which a norm can read"):
-        Gemv(pack([to(segment(96, 80, 0, 0.5, dtype, generator))], chunked=False), False,
+        Gemv(pack([to(segment(96, 80, 0, 0.5, dtype, generator))]), False,
              (norm[:80].to(DEVICE), 1e-5), cut, 4, after=Gemv(packs[1], configuration=cut))  # fmt: skip
 
 
@@ -642,8 +666,7 @@ def test_a_model_of_packed_linears_is_held_once():
     """What a table holds beyond the weights and their factors is a few percent."""
     one = segment(1024, 512, 8, 0.5, torch.bfloat16, torch.Generator())
     asked = one.weight.nbytes + one.A.nbytes + one.B.nbytes
-    for chunked in (True, False):
-        assert pack([one] * 3, chunked).nbytes < 1.02 * 3 * asked
+    assert pack([one] * 3).nbytes < 1.02 * 3 * asked
 
 
 @pytest.mark.parametrize("int4", [False, True])
@@ -652,7 +675,7 @@ def test_candidates_are_distinct_grids(int4):
     weight = torch.empty(4096, 11008, dtype=torch.bfloat16, device="meta")
     if int4:
         weight = quantized.Quantized(weight.to(torch.uint8), weight[:, ::128])
-    packed = pack([Segment(weight, 0.5)], chunked=False)
+    packed = pack([Segment(weight, 0.5)])
     found = tuning.candidates(packed)
     grids = [triton_gemv.grid_of(packed, x) for x in found]
     assert len(found) == len(set(found)) > 5

@@ -1,9 +1,8 @@
 """A block's products by the sparse kernels: a single token reads the rows of its kept channels, and no others.
 
-Weights move into the kernels' tables once, layer by layer. On a GPU the model's own parameters, and the low-rank
-factors, become views of the tables: the model is held once, and goes on computing what it did, up to the order in
-which a product of a transposed weight adds up. A CPU's tables are cut into chunks, which no parameter can be a view of:
-there the sparse linears are held twice. INT4 weights go into tables of words beside the numbers that they stand for,
+Weights move into the kernels' tables once, layer by layer. The model's own parameters, and the low-rank factors, become
+views of the tables: the model is held once, and goes on computing what it did, up to the order in which a product of a
+transposed weight adds up. INT4 weights go into tables of words beside the numbers that they stand for,
 which compute the prompt; a CPU has no kernel for words, and computes with those numbers.
 """
 
@@ -126,8 +125,7 @@ class Gathering:
     def _packed(self, linears, segments: Sequence[Segment], kept: Sequence[float], norm, gated: bool) -> Gemv:
         """kept: channels that each linear is expected to read."""
         packed = packing.pack(segments)
-        if packed.table.is_cuda:
-            view_of(packed, linears)
+        view_of(packed, linears)
         shares = tuple(round(x / packed.channels / TUNED) * TUNED for x in kept)
         words = packed.scales is not None
         key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, words, gated, norm is None, shares
@@ -180,7 +178,7 @@ def _always(token: nn.Module) -> Gemv | None:
 
 @torch.no_grad()
 def view_of(packed: Packed, linears: Sequence[nn.Module]) -> None:
-    """Let the weights, but for words, and factors of `linears` be views of the GPU table that was packed from them."""
+    """Let the weights, but for words, and factors of `linears` be views of the table that was packed from them."""
     for i, linear in enumerate(linears):
         begin, m = sum(packed.padded[:i]), packed.widths[i]
         if packed.scales is None:
