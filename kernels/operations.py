@@ -19,8 +19,8 @@ MOST_TOKENS = {"cuda": 1, "cpu": 2}
 """Tokens up to which rows are gathered, unless a module says more."""
 UNION = 0.5
 """Share of the rows that the tokens of a batch may want together for gathering to pay. On an H100 the four linears of a
-block of Llama-3-8B took, of the time of torch's dense products: at sparsity 0.75 0.72 for two tokens, which want 44% of
-the rows, and 1.02 for four (68%); at 0.5 1.02 for two (75%), 1.25 for four (94%) and 1.47 for eight. Sums over
+block of Llama-3-8B took, of the time of torch's dense products: at sparsity 0.75 0.71 for two tokens, which want 44% of
+the rows, and 1.01 for four (68%); at 0.5 1.01 for two (75%), 1.26 for four (94%) and 1.44 for eight. Sums over
 data/results/kernels/h100/batch-llama-3-8b.json."""
 
 

@@ -17,15 +17,12 @@ from rsparse.calibrate import check_ids
 from rsparse.decode import projections
 from rsparse.decode.architecture import Architecture, check_weights, pad_id, stop_ids
 from rsparse.decode.decoder import Decoder
-from rsparse.decode.gathering import Gathering, has_words, unsupported
+from rsparse.decode.gathering import MOST_ROWS, Gathering, has_words, unsupported
 from rsparse.decode.projections import Builder
 from rsparse.decode.sampling import GREEDY, Sampling
 from rsparse.decode.steps import CHUNK, Steps
 from rsparse.prompted import PromptedLinear
 from rsparse.protocol import real_positions
-
-MOST_ROWS = 16
-"""Rows of a batch. More are better served by an engine that fills and empties rows on the way."""
 
 
 class Engine:

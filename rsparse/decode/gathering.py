@@ -27,10 +27,10 @@ from rsparse.prompted import PromptedLinear
 TUNED = 0.05
 """Shares of channels are rounded to a multiple when a configuration is looked up: layers of a recipe share a few."""
 
-ROWS = 16
-"""Rows of a batch up to which a GPU gathers. Where they want nearly every channel together, that takes up to 1.7 times
-a dense product (H100, eight rows, 50% each: data/results/kernels); the plain product of s(x) from a table takes a
-dozen launches."""
+MOST_ROWS = 16
+"""Rows of a batch: more are better served by an engine that fills and empties rows on the way. A GPU gathers for as
+many: where they want nearly every channel together, that takes up to 1.7 times a dense product (H100, eight rows, 50%
+each: data/results/kernels); the plain product of s(x) from a table takes a dozen launches."""
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -132,7 +132,7 @@ class Gathering:
         first = self._first.get(key)
         front, after = (norm and _front(norm)), (self._stream if norm is not None else None)
         configuration = first.configuration if first else _configuration(packed, gated, shares, front)
-        most = ROWS if packed.table.is_cuda else None
+        most = MOST_ROWS if packed.table.is_cuda else None
         made = Gemv(packed, gated, front, configuration, most, like=first, after=after)
         self._first.setdefault(key, made)
         return made

@@ -26,8 +26,8 @@ from rsparse.study import Study
 SOURCES = ("calibration", "heldout", "tasks", "random tokens")
 """Texts: two of the study's `Sources`, the rows of its tasks (question and answer), and tokens drawn at random."""
 CONTROLS = ("real", "permuted-x", "other-layer")
-"""What is held against the reference: the map; the map with the channels of x shuffled; the map
-of another layer, the one before it in the plan."""
+"""What is held against the reference: the map; the map with the channels of x shuffled; the map of another layer, the
+one before it in the plan."""
 COMPONENTS = 64
 """Rows of a map whose entries are correlated, evenly spaced among its components."""
 TOP = 0.1
