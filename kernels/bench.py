@@ -132,8 +132,9 @@ def _row(one: Fused, asked: Asked, x: Tensor, drawn: Tensor, speed: float) -> di
     dense = _dense_weights(one, asked, timing.copies(size, asked.device))
     times = {"torch": timing.measure([lambda W=W: _dense(x, W, one.gated) for W in dense], asked.device, asked.repeats)}
     del dense
-    count, chosen = timing.copies(one.elements * element(asked.dtype), asked.device), {}
+    chosen = {}
     for name, sparsity in (("ours dense", 0.0), ("ours", asked.sparsity)):
+        count = timing.copies((1 - sparsity) * one.elements * element(asked.dtype), asked.device)
         made = operations(one, asked, sparsity, asked.rho, x, drawn, count)
         times[name] = timing.measure([lambda o=o: o(x) for o in made], asked.device, asked.repeats)
         chosen[name] = f"{made[0].takes(len(x))} {made[0].configuration or ''}".strip()
@@ -153,8 +154,7 @@ def _row(one: Fused, asked: Asked, x: Tensor, drawn: Tensor, speed: float) -> di
 def _breakdown(one: Fused, asked: Asked, x: Tensor, drawn: Tensor) -> dict[str, Any]:
     """Microseconds by leaving out: without the low-rank path (rho 1 at the sparse path's bytes), without thresholds (a
     dense product of as many channels), and of a launch that does nothing."""
-    size = one.elements * element(asked.dtype)
-    count = timing.copies(size, asked.device)
+    count = timing.copies((1 - asked.sparsity) * one.elements * element(asked.dtype), asked.device)
     share, _ = split(one.widths[0], one.channels, asked.sparsity, asked.rho)
     multiple = GROUP if asked.dtype == "int4" else 8
     narrow = Fused(one.name, one.widths, max(multiple, int(share * one.channels) // multiple * multiple), one.gated)

@@ -1,13 +1,19 @@
 """The product of few tokens on a CPU, compiled by Numba: sums of the table's rows that are asked for, W^T's for the
 kept channels and A^T's for the low-rank path.
 
-What limits it is memory, and what memory gives depends on how it is asked. One row at a time, as torch's embedding bags
-read, comes at little more than half the pace of a dense product; four rows at once, over thousands of columns, come as
-fast. Threads share the columns, and every column adds up in the order of the rows, so that results do not depend on
-their number. Numba takes torch's own OpenMP threads: others would find them spinning on the processors.
+What limits it is memory, and what memory gives depends on how it is asked: four rows at once, over thousands of
+columns, come at about nine tenths of the pace of a dense product, one row after another at two thirds, torch's
+embedding bags at half (two threads; data/results/kernels/README.md). Threads share the columns, and every column adds
+up in the order of the rows, so that results do not depend on their number. The first call for a dtype compiles, a few
+seconds.
+
+Numba takes torch's own OpenMP threads: others would find those spinning on the processors. As with all of OpenMP, start
+further processes by spawn and not by fork.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import numba
 import numpy as np
@@ -27,9 +33,26 @@ AS_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.flo
 """Types that NumPy can hold weights in, and that `_wide` tells apart."""
 
 
+def _threads() -> int:
+    """How many Numba has. It is started here, which would set the number that torch takes too."""
+    before = torch.get_num_threads()
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    numba.set_num_threads(1)
+    torch.set_num_threads(before)
+    if numba.threading_layer() != "omp":
+        warnings.warn(
+            f"Numba's threads are {numba.threading_layer()}'s; expected OpenMP's, from the system's libgomp. Sparse "
+            "products share processors with torch's waiting threads, and are slower", stacklevel=2,
+        )  # fmt: skip
+    return numba.config.NUMBA_NUM_THREADS
+
+
+THREADS = _threads()
+
+
 def gemv(x: Tensor, packed: Packed) -> Tensor:
     """x (tokens, n) -> (tokens, m), the segments side by side, without their bias; sums are in float32."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), THREADS))
     table, B = (weights.view(AS_BITS[packed.dtype]).numpy() for weights in (packed.table, packed.B))
     norms = np.empty((len(B), 0), np.float32) if packed.norms is None else packed.norms.numpy()
     y, widths = torch.empty(len(x), packed.rows), np.array(packed.widths)

@@ -1,7 +1,8 @@
 """The operations that a decoder calls: each picks what computes by device and number of tokens, and says which it took.
 
 `rsparse_kernels::gemv` and `rsparse_kernels::neurons` are registered with torch.library, with fake implementations, for
-torch.compile and CUDA graphs.
+torch.compile. Elsewhere `Gemv` calls what the operation calls: the dispatcher's Python costs a CPU as much as a small
+product.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch.nn.functional import silu
 from kernels import packing, reference
 from kernels.packing import Packed
 
-MOST_TOKENS = {"cuda": 1, "cpu": 2}
-"""Tokens up to which rows are gathered, unless a module says more."""
+MOST_TOKENS = {"cuda": 1, "cpu": 3}
+"""Tokens up to which rows are gathered, unless a module says more. A CPU gathers for one after another: at half of the
+rows, more take longer than the plain product of s(x) from a table, which takes longer than one of the weight."""
 UNION = 0.5
 """Share of the rows that the tokens of a batch may want together for gathering to pay. On an H100 the four linears of a
 block of Llama-3-8B took, of the time of torch's dense products: at sparsity 0.75 0.71 for two tokens, which want 44% of
@@ -121,7 +123,8 @@ class Gemv(nn.Module):
         front, eps = self.norm or (None, 0.0)
         after = self._after[0]
         before = after.left if after is not None and path == after.takes(len(rows)) == "triton" else ()
-        compute = torch.ops.rsparse_kernels.gemv if torch.compiler.is_compiling() else _compute
+        traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        compute = torch.ops.rsparse_kernels.gemv if traced else _compute
         y = compute(
             rows, packed.table, packed.A, packed.B, packed.ranks, packed.thresholds, packed.scales, packed.norms,
             packed.bias, front, eps, residual, list(before), self.next, list(packed.widths), self.gated, path,

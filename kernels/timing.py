@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 CACHES = {"cuda": 128e6, "cpu": 1e9}
-"""Bytes that no cache holds."""
+"""Bytes that no cache holds; the last cache of a large server has half a gigabyte."""
 CALLS = 40
 """Of one CUDA graph."""
 
@@ -26,16 +26,16 @@ class Times:
 
 
 def copies(bytes_: float, device: str) -> int:
-    """How many weights of `bytes_` to rotate over."""
+    """How many weights to rotate over, of which a call reads `bytes_`."""
     return max(2, math.ceil(CACHES[device] / max(bytes_, 1)) + 1)
 
 
 def measure(calls: Sequence[Callable[[], object]], device: str, repeats: int = 20, in_graph: int = CALLS) -> Times:
     """Times of `calls`, which do the same on weights of their own; the first round is dropped.
 
-    in_graph: calls of one CUDA graph.
+    in_graph: calls of one CUDA graph, or as many as there are of `calls`.
     """
-    found = _graph(calls, repeats, in_graph) if device == "cuda" else _clock(calls, repeats)
+    found = _graph(calls, repeats, max(in_graph, len(calls))) if device == "cuda" else _clock(calls, repeats)
     p20, *_, p80 = statistics.quantiles(found, n=5) if len(found) > 1 else found * 2
     return Times(p20, statistics.median(found), p80)
 

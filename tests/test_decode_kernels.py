@@ -135,8 +135,8 @@ def test_masks_cannot_be_counted_by_kernels(build, ids):
 
 
 @torch.no_grad()
-def test_a_gpus_table_holds_the_models_own_weights(build, ids):
-    """The layout of a GPU, which is plain memory: parameters and factors are views, values the same bit for bit."""
+def test_a_table_holds_the_models_own_weights(build, ids):
+    """Parameters and factors are views, values the same bit for bit."""
     model = sparse(build, ids, dict(rho=0.8))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     attention = model.model.layers[0].self_attn
@@ -153,6 +153,18 @@ def test_a_gpus_table_holds_the_models_own_weights(build, ids):
     assert error(their_logits(model, ids, 20), expected) < 1e-6
     packed.table.zero_()
     assert not attention.q_proj.weight.any()
+
+
+@torch.no_grad()
+def test_a_sparse_model_is_held_once(build, ids):
+    """By an engine, too."""
+    model = sparse(build, ids, dict(rho=0.8))
+    engine = Engine(model)
+    for block, layer in zip(engine.decoder.blocks, model.model.layers, strict=True):
+        made, own = vars(block.step).values(), [*layer.self_attn.children(), *layer.mlp.children()]
+        tables = {x.packed.table.untyped_storage().data_ptr() for x in made}
+        weights = {x.weight.untyped_storage().data_ptr() for x in own if hasattr(x, "weight")}
+        assert len(tables) == 4 and weights == tables
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The rank-aware product: every path against float64 on the same mask, what it refuses, and what surfaces.
 
-Without a GPU the Triton kernel runs under its interpreter (see conftest), on the GPU's layout.
+Without a GPU the Triton kernel runs under its interpreter (see conftest).
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from kernels.packing import Segment, pack
 from kernels.triton_gemv import Configuration
 
 GPU = torch.cuda.is_available()
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if GPU else "cpu"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 THRESHOLDS = (-math.inf, 0.0, 0.4, 1.0, 2.5, math.inf)
@@ -86,22 +90,38 @@ def test_gathered_rows_on_a_cpu(problem):
 
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 def test_blocks_and_threads_of_a_cpu(dtype):
-    """More columns than a block has, more rows than are summed by themselves; the same bits from any threads."""
+    """More columns than a block has, more rows than are summed by themselves; the same bits from any shares."""
     generator = torch.Generator().manual_seed(0)
     segments = [
         segment(m, 300, 5, threshold, dtype, generator)
         for m, threshold in ((cpu.BLOCK + 40, 0.3), (70, 2.0), (2 * cpu.BLOCK + 1, 0.8))
     ]
     x, packed = torch.randn(2, 300, generator=generator).to(dtype), pack(segments)
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(cpu.gemv(x, packed))
-    finally:
-        torch.set_num_threads(before)
-    check(found[0], x, segments, False)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    check(cpu.gemv(x, packed), x, segments, False)
+    table, widths = packed.table.view(cpu.AS_BITS[dtype]).numpy(), np.array(packed.widths)
+    counts = np.array([300, 150, 299])
+    entries = np.argsort(np.random.default_rng(0).random((3, 300)))
+    values, found = x.float().numpy()[0] * np.ones((3, 1), np.float32), []
+    for threads in range(1, 10):
+        y, cuts = np.full(widths.sum(), np.nan, np.float32), cpu._cuts(widths, counts, threads)
+        for first, last in itertools.pairwise(cuts):
+            cpu._share(table, entries, values, counts, widths, first, last, y)
+        found.append(y)
+    assert np.isfinite(found[0]).all() and all(np.array_equal(found[0], y) for y in found[1:])
+
+
+def test_torchs_threads_stay_as_many():
+    """Numba starts its own from the processors that it sees, which would set torch's number as well."""
+    code = "import torch; torch.set_num_threads(1); from kernels import cpu; print(torch.get_num_threads())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert told.stdout.strip() == "1", told.stderr
+
+
+def test_a_cpus_product_beside_autograd():
+    """The operation takes an x that asks for a gradient, and has none to give."""
+    module = Gemv(pack([segment(20, 30, 2, 0.5, torch.float32, torch.Generator())]))
+    x = torch.randn(1, 30)
+    assert torch.equal(module(x.clone().requires_grad_()).detach(), module(x))
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 400)), min_size=1, max_size=3), st.integers(1, 9))
@@ -247,7 +267,7 @@ def test_the_operation_picks_its_path_and_says_which():
     generator = torch.Generator().manual_seed(1)
     segments = [segment(m, 64, 3, 0.6, torch.float32, generator, bias=True) for m in (50, 20, 20)]
     module = Gemv(pack(segments))
-    assert (module.takes(1), module.takes(2), module.takes(3)) == ("cpu", "cpu", "dense") and "cpu" in repr(module)
+    assert (module.takes(1), module.takes(3), module.takes(4)) == ("cpu", "cpu", "dense") and "cpu" in repr(module)
     x = torch.randn(2, 4, 64, generator=generator)
     expected = torch.cat([reference.linear(x, one) for one in segments], dim=-1)
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
