@@ -134,7 +134,7 @@ def _row(one: Fused, asked: Asked, x: Tensor, drawn: Tensor, speed: float) -> di
     del dense
     chosen = {}
     for name, sparsity in (("ours dense", 0.0), ("ours", asked.sparsity)):
-        count = timing.copies((1 - sparsity) * one.elements * element(asked.dtype), asked.device)
+        count = timing.copies(one.elements * element(asked.dtype), asked.device, sparsity)
         made = operations(one, asked, sparsity, asked.rho, x, drawn, count)
         times[name] = timing.measure([lambda o=o: o(x) for o in made], asked.device, asked.repeats)
         chosen[name] = f"{made[0].takes(len(x))} {made[0].configuration or ''}".strip()
@@ -154,7 +154,7 @@ def _row(one: Fused, asked: Asked, x: Tensor, drawn: Tensor, speed: float) -> di
 def _breakdown(one: Fused, asked: Asked, x: Tensor, drawn: Tensor) -> dict[str, Any]:
     """Microseconds by leaving out: without the low-rank path (rho 1 at the sparse path's bytes), without thresholds (a
     dense product of as many channels), and of a launch that does nothing."""
-    count = timing.copies((1 - asked.sparsity) * one.elements * element(asked.dtype), asked.device)
+    count = timing.copies(one.elements * element(asked.dtype), asked.device, asked.sparsity)
     share, _ = split(one.widths[0], one.channels, asked.sparsity, asked.rho)
     multiple = GROUP if asked.dtype == "int4" else 8
     narrow = Fused(one.name, one.widths, max(multiple, int(share * one.channels) // multiple * multiple), one.gated)

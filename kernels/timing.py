@@ -12,6 +12,8 @@ import torch
 
 CACHES = {"cuda": 128e6, "cpu": 1e9}
 """Bytes that no cache holds; the last cache of a large server has half a gigabyte."""
+HELD = 3e9
+"""Bytes of weights at most, if little of each is read: at 80% unread and beyond, a large CPU's cache may hold that."""
 CALLS = 40
 """Of one CUDA graph."""
 
@@ -25,9 +27,10 @@ class Times:
     p80: float
 
 
-def copies(bytes_: float, device: str) -> int:
-    """How many weights to rotate over, of which a call reads `bytes_`."""
-    return max(2, math.ceil(CACHES[device] / max(bytes_, 1)) + 1)
+def copies(bytes_: float, device: str, unread: float = 0.0) -> int:
+    """How many weights of `bytes_`, of which a call leaves a share `unread`, to rotate over."""
+    wanted = math.ceil(CACHES[device] / max((1 - unread) * bytes_, 1)) + 1
+    return max(2, min(wanted, int(HELD // max(bytes_, 1))))
 
 
 def measure(calls: Sequence[Callable[[], object]], device: str, repeats: int = 20, in_graph: int = CALLS) -> Times:

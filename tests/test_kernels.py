@@ -667,6 +667,16 @@ def test_inputs_that_are_not_published():
         inputs.draw("published", (3,), torch.Generator(), "llama-9", "o")
 
 
+def test_copies_outgrow_a_cache_and_not_the_memory():
+    """What is read of them all, unless they held too much."""
+    for device, cache in bench.timing.CACHES.items():
+        for size, unread in itertools.product((1e6, 4e7, 2e8), (0.0, 0.5, 0.95, 1.0)):
+            count = bench.timing.copies(size, device, unread)
+            assert count * size <= bench.timing.HELD
+            assert (count - 1) * (1 - unread) * size >= cache or (count + 1) * size > bench.timing.HELD
+    assert bench.timing.copies(1e10, "cpu", 0.5) == 2, "never one alone"
+
+
 def test_a_bench_reads_the_budget_it_is_asked_for():
     """Half of the bytes at any rho, up to what is rounded down; and with factors of four times the weights' width."""
     one = shapes.fused("llama-3-8b")[0]

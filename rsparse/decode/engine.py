@@ -37,9 +37,9 @@ class Engine:
 
     A dense model's q, k, v and gate, up are laid side by side in memory, see projections.Fused; a sparse one's linears
     channel by channel, see rsparse.decode.gathering: the model goes on as before, but `save_pretrained` no longer takes
-    the sparse one. An engine belongs to the weights and
-    the method that it was made with, see `fits`. One text at a time: a second one ends the first. Raises ValueError for
-    a model that it cannot compute, before anything is allocated.
+    the sparse one. An engine belongs to the weights and the method that it was made with, see `fits`. One text at a
+    time: a second one ends the first. Raises ValueError for a model that it cannot compute, before anything is
+    allocated.
     """
 
     def __init__(

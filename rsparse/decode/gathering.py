@@ -3,8 +3,8 @@
 Weights move into the kernels' tables once, layer by layer. The model's own parameters, and the low-rank factors, become
 views of the tables: the model is held once, and goes on computing what it did, up to the order in which a product of a
 transposed weight adds up. Such parameters cannot be saved by `save_pretrained`, which wants rows one behind another:
-save first. INT4 weights go into tables of words beside the numbers that they stand for,
-which compute the prompt; a CPU has no kernel for words, and computes with those numbers.
+save first. INT4 weights go into tables of words beside the numbers that they stand for, which compute the prompt; a CPU
+has no kernel for words, and computes with those numbers.
 """
 
 from __future__ import annotations
