@@ -73,23 +73,31 @@ class Gemv(nn.Module):
             )
         self.packed, self.gated, self.norm = packed, gated, norm
         self.width = packed.rows // 2 if gated else packed.rows
-        int4, device = packed.scales is not None, packed.table.device.type
+        # not a submodule: a chain of modules would hold itself
+        self._like, self._after = (like,), (after,)
+        self.next = None
+        self.prepare(most_tokens, configuration)
+        if after is not None:
+            after._leave(norm[0])
+
+    def prepare(self, most_tokens: int | None = None, configuration=None) -> None:
+        """Gather for so many tokens at most from now on, cut up by `configuration`; after the module that this one is
+        `like`, whose memory it takes."""
+        device, int4, like = self.packed.table.device.type, self.packed.scales is not None, self._like[0]
         self.most_tokens = MOST_TOKENS.get(device, 0) if most_tokens is None else most_tokens
         if int4:
             self.most_tokens = min(self.most_tokens, 1 if device == "cuda" else 0)
         # inductor refuses an operation that mutates a list of nothing
-        self.configuration, self.work = None, (torch.empty(0, device=packed.table.device),)
+        self.configuration, self.left, self.work = None, (), (torch.empty(0, device=self.packed.table.device),)
         if self.takes(1) == "triton":
             from kernels import triton_gemv
 
             self.configuration = configuration or triton_gemv.Configuration(packing.COLUMNS if int4 else 64)
-            made = triton_gemv.workspace(packed, self.configuration, max(1, self.most_tokens)) if like is None else None
-            self.work = like.work if made is None else (made.partial, made.z, made.flags, made.scratch)
-        # not a submodule: a chain of modules would hold itself
-        self._like, self._after = (like,), (after,)
-        self.next, self.left = None, ()
-        if after is not None:
-            after._leave(norm[0])
+            tokens = max(1, self.most_tokens)
+            made = None if like else triton_gemv.workspace(self.packed, self.configuration, tokens)
+            self.work = like.work if like else (made.partial, made.z, made.flags, made.scratch)
+        if self.next is not None:
+            self._leave(self.next)
 
     def takes(self, tokens: int) -> str:
         """What computes for so many tokens: "triton", "cpu" or "dense", the plain product of s(x)."""

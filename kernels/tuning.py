@@ -34,11 +34,13 @@ def storage(packed: Packed) -> str:
     return "int4" if packed.scales is not None else f"{8 * packed.dtype.itemsize} bit"
 
 
-def candidates(packed: Packed) -> list:
-    """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one."""
+def candidates(packed: Packed, tokens: int = 1) -> list:
+    """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one, and
+    several tokens' channels are always listed."""
     from kernels.triton_gemv import Configuration, grid_of
 
     kinds = [x for x in KINDS[storage(packed)] if not any(columns % x[0] for columns in packed.padded)]
+    kinds = [x for x in kinds if x[3]] if tokens > 1 else kinds
     found = [
         Configuration(columns, rows, splits, warps, listed)
         for (columns, rows, warps, listed), splits in product(kinds, SPLITS)
@@ -62,7 +64,7 @@ def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: floa
     key, known = _key(weights[0], gated, len(x), sparsity, norm is not None), _read()
     if key not in known:
         seconds = {}
-        for candidate in candidates(weights[0]):
+        for candidate in candidates(weights[0], len(x)):
             operations = [Gemv(packed, gated, norm, candidate, len(x)) for packed in weights]
             seconds[candidate] = timing.measure([lambda o=o: o(x) for o in operations], "cuda", 5).p50
         known = _read() | {key: asdict(min(seconds, key=seconds.__getitem__))}
@@ -71,18 +73,18 @@ def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: floa
 
 
 def configuration_for(packed: Packed, gated: bool, shares: Sequence[float],
-                      norm: tuple[torch.Tensor, float] | None = None):  # fmt: skip
-    """What `tune` finds for one token on weights of the shape of `packed` of which segment i reads `shares[i]` of its
-    channels: measured on random copies. norm: that x passes first, which shifts what is fastest."""
+                      norm: tuple[torch.Tensor, float] | None = None, tokens: int = 1):  # fmt: skip
+    """What `tune` finds for so many tokens on weights of the shape of `packed` of which segment i reads `shares[i]` of
+    its channels for each: measured on random copies. norm: that x passes first, which shifts what is fastest."""
     from kernels.triton_gemv import Configuration
 
     sparsity = 1 - sum(s * m for s, m in zip(shares, packed.widths, strict=True)) / packed.rows
-    if (known := _read().get(_key(packed, gated, 1, sparsity, norm is not None))) is not None:
+    if (known := _read().get(_key(packed, gated, tokens, sparsity, norm is not None))) is not None:
         return Configuration(**known)
     normal = torch.distributions.Normal(0.0, 1.0)
     thresholds = normal.icdf(1 - torch.tensor(shares).clamp(0, 1) / 2).tolist()  # of |x|, x normal
-    x = torch.randn(1, packed.channels, device=packed.table.device).to(packed.dtype)
-    copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda"))]
+    x = torch.randn(tokens, packed.channels, device=packed.table.device).to(packed.dtype)
+    copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda", sparsity**tokens))]
     return tune(copies, gated, x, sparsity, norm)
 
 

@@ -9,6 +9,7 @@ import rsparse
 from decoding import error, every_style, their_logits, theirs
 from kernels import packing
 from kernels.operations import Gemv
+from kernels.triton_gemv import Configuration
 from rsparse import int4
 from rsparse.apply import counting
 from rsparse.bench_decode.parts import step_parts
@@ -94,6 +95,27 @@ def test_layers_share_memory_for_sums(build, ids, monkeypatch):
     Engine(model)
     assert [like for like, _ in made] == [True] * 4 + [False] * 4
     assert [after for _, after in made] == [True, True, False, True] + [False, True] * 2  # gate and up follow o
+
+
+def test_a_batch_has_launches_of_its_own(build, ids, monkeypatch):
+    """Of the Triton kernel, cut up anew when the number of rows changes, and back again."""
+    asked = []
+
+    def configuration(packed, gated, shares, front, rows):
+        asked.append(rows)
+        return Configuration(32, 16, 3 if rows == 1 else 2, 1, rows > 1)
+
+    monkeypatch.setattr(gathering, "_configuration", configuration)
+    monkeypatch.setattr(Gemv, "takes", lambda module, tokens: "triton" if tokens <= module.most_tokens else "dense")
+    model = sparse(build, ids, dict(rho=0.8))
+    engine = Engine(model)
+    made = [x for block in engine.decoder.blocks for x in vars(block.step).values()]
+    for rows in (1, 3, 1):
+        assert error(engine.logits(ids[:rows, :21], 20), their_logits(model, ids[:rows, :21], 20)) < 2e-5, rows
+        assert {x.configuration.splits for x in made} == {2 if rows > 1 else 3}
+        assert all(x.takes(rows) == "triton" for x in made)
+        assert len({x.work[0].data_ptr() for x in made}) == 4  # still shared
+    assert asked == [1] * 4 + [4] * 4 + [1] * 4  # three rows are four's
 
 
 REASONS = {

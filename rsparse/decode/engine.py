@@ -60,7 +60,8 @@ class Engine:
         self.cache_length = self._check_cache(cache_length)
         self.protocol, self._method = protocol_of(model), getattr(model, "_rsparse", None)
         builder, self.linears = _builder(model, self.protocol is not None) if builder is None else (builder, "given")
-        self.gathers = isinstance(builder, Gathering)
+        self._gathering = builder if isinstance(builder, Gathering) else None
+        self.gathers = self._gathering is not None
         # kernels take norms and sums along, and nothing is left to fuse
         self.decoder = Decoder(model, builder, compiled and not self.gathers)
         self._prompted = any(isinstance(x, PromptedLinear) for x in model.modules())
@@ -189,6 +190,8 @@ class Engine:
         cache = self._steps and self._steps.cache
         if cache is None or cache.batch != batch or cache.length < length:
             self._steps = cache = None  # free before a larger one is allocated
+            if self._gathering:
+                self._gathering.prepare(batch)
             room = self.cache_length or -(-length // CHUNK) * CHUNK
             self._steps = Steps(self.decoder, self.decoder.new_cache(batch, room, self.chunk or room), self.graphs)
         # what counts or replays masks is Python, which a graph leaves out, and a kernel too

@@ -67,13 +67,15 @@ class Gathering:
     """The builder of one sparsified model, see rsparse.decode.projections.
 
     Linears of one shape share a configuration, tuned on a GPU where it was not before (kernels.tuning keeps it), and
-    the memory of their partial sums. Raises ValueError where `unsupported` says why.
+    the memory of their partial sums: for one row at first, for more by `prepare`. Raises ValueError where `unsupported`
+    says why.
     """
 
     def __init__(self, model: nn.Module):
         if reason := unsupported(model):
             raise ValueError(f"{reason}; expected what the kernels compute, or builder=rsparse.decode.reference")
-        self._first: dict[tuple, Gemv] = {}
+        self._alike: dict[tuple, list[Gemv]] = {}
+        self._rows = 1
         self._stream: Gemv | None = None  # what made the residual stream, where a kernel did
 
     def __call__(self, layer: nn.Module) -> tuple[Projections, Projections]:
@@ -86,6 +88,20 @@ class Gathering:
         self._stream = _always(down[1])
         slots = dict(qkv=qkv, out=out, gated=gated, down=down)
         return tuple(Projections(**{name: pair[i] for name, pair in slots.items()}) for i in (0, 1))
+
+    def prepare(self, rows: int) -> None:
+        """Cut the launches up anew for batches of so many rows, up to the next power of two: of many, most channels are
+        wanted by some row, and every row has sums of its own. What was captured before is no longer valid."""
+        rows = 1 << (rows - 1).bit_length()
+        if rows == self._rows:
+            return
+        self._rows = rows
+        for (*_, shares), alike in self._alike.items():
+            first = alike[0]
+            if first.takes(1) == "triton" and first.packed.scales is None:
+                chosen = _configuration(first.packed, first.gated, shares, first.norm, rows)
+                for one in alike:
+                    one.prepare(rows, chosen)
 
     def _product(self, linears: Sequence[nn.Module], norm: nn.Module | None, as_hung: nn.Module) -> tuple:
         """Of linears that read one x, for the prompt and for a token; with a norm in front, or added to the residual
@@ -130,13 +146,13 @@ class Gathering:
         shares = tuple(round(x / packed.channels / TUNED) * TUNED for x in kept)
         words = packed.scales is not None
         key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, words, gated, norm is None, shares
-        first = self._first.get(key)
+        alike = self._alike.setdefault(key, [])
+        first = alike[0] if alike else None
         front, after = (norm and _front(norm)), (self._stream if norm is not None else None)
-        configuration = first.configuration if first else _configuration(packed, gated, shares, front)
-        most = MOST_ROWS if packed.table.is_cuda else None
-        made = Gemv(packed, gated, front, configuration, most, like=first, after=after)
-        self._first.setdefault(key, made)
-        return made
+        configuration = first.configuration if first else _configuration(packed, gated, shares, front, self._rows)
+        most = self._rows if packed.table.is_cuda else None
+        alike.append(Gemv(packed, gated, front, configuration, most, like=first, after=after))
+        return alike[-1]
 
 
 class Choosing(nn.Module):
@@ -198,13 +214,14 @@ def as_rows(linear: nn.Linear) -> Tensor:
     return linear.weight.detach()
 
 
-def _configuration(packed: Packed, gated: bool, shares: Sequence[float], front: tuple[Tensor, float] | None):
+def _configuration(packed: Packed, gated: bool, shares: Sequence[float], front: tuple[Tensor, float] | None,
+                   rows: int):  # fmt: skip
     """Of the Triton kernel; None where another one computes."""
     if not packed.table.is_cuda:
         return None
     from kernels.tuning import configuration_for
 
-    return configuration_for(packed, gated, shares, front)
+    return configuration_for(packed, gated, shares, front, rows)
 
 
 def _segment(linear: nn.Module) -> Segment:
