@@ -5,7 +5,7 @@ words; note, thresholds that are ours; shown, what the numbers beside it are; mo
 and, for display, ours and paper (expressions of rsparse.predicates), unit; weights "any" where random weights
 measure it as well (speed); analogues "none" where another model says nothing about it; dense_check, the dense row
 that must match the paper's first; headline, shown on the landing page. kind "control" is a check of ours, not a
-paper's claim.
+paper's claim. Which device was timed is said by the rows, so no claim names one.
 
 Verdicts. On a model that the claim speaks of: reproduced, not reproduced. On another one: analogue holds,
 analogue does not hold. Controls: control passed, control failed. Not measured: the tables lack what the
@@ -28,7 +28,8 @@ import jsonschema
 import pandas as pd
 import yaml
 
-from rsparse import paper, predicates
+from rsparse import estimate, paper, predicates
+from rsparse.exhibits import search_cost_reading
 from rsparse.paths import DATA
 from rsparse.predicates import Context, Estimate, NotMeasured, Outcome
 
@@ -48,7 +49,7 @@ _WORDS = {
 _PRINTED = {"%": 0.01, "points": 0.01}
 _UNITS = {  # unit -> (factor, format)
     "points": (100, "{:.2f} points"), "share": (100, "{:.0f}%"), "ratio": (1, "{:.3f}×"),
-    "nats": (1, "{:+.4f} nats"), "perplexity": (1, "{:.2f}"), "number": (1, "{:.3g}"),
+    "hours": (1, "{:.2g} h"), "nats": (1, "{:+.4f} nats"), "perplexity": (1, "{:.2f}"), "number": (1, "{:.3g}"),
 }
 
 
@@ -92,7 +93,7 @@ class Verdict:
     """What one preset says of one claim.
 
     `ours` and `paper` (model -> value) are fractions or plain numbers; `difference` is ours - paper on the
-    same model, NaN elsewhere.
+    same model, NaN elsewhere; `devices`: those that the rows behind `ours` were timed on, if they are timings.
     """
 
     claim: Claim
@@ -102,6 +103,7 @@ class Verdict:
     ours: Estimate | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
     difference: float = math.nan
+    devices: tuple[str, ...] = ()
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, and eight times as fast where libyaml is
@@ -184,7 +186,8 @@ def tables(results_root: Path, runs: Mapping[str, Path] | None = None) -> dict[s
     """preset -> exhibit -> table, from <results_root>/<preset>/<exhibit>.csv, in `tab_order`.
 
     `runs` maps a preset to a further folder with <exhibit>.csv or <exhibit>/<exhibit>.csv; what is there
-    replaces the published table of the same exhibit.
+    replaces the published table of the same exhibit. What `python -m rsparse search-cost` measured belongs to no run:
+    a preset with `search_costs` has it as its table of the exhibit named there, if it published none.
     """
     found: dict[str, dict[str, pd.DataFrame]] = {}
     folders = [(path.name, path) for path in sorted(Path(results_root).glob("*")) if path.is_dir()]
@@ -192,6 +195,10 @@ def tables(results_root: Path, runs: Mapping[str, Path] | None = None) -> dict[s
         for path in sorted([*Path(folder).glob("*.csv"), *Path(folder).glob("*/*.csv")]):
             if path.parent == Path(folder) or path.parent.name == path.stem:
                 found.setdefault(preset, {})[path.stem] = pd.read_csv(path, low_memory=False)
+    costs = estimate.search_costs_in(results_root)
+    for preset, about in _claims().presets.items():
+        if costs and "search_costs" in about:
+            found.setdefault(preset, {}).setdefault(about["search_costs"], search_cost_reading.rows(costs))
     return {preset: found[preset] for preset in tab_order(found)}
 
 
@@ -252,7 +259,7 @@ def judge(claim: Claim, preset: str, found: Mapping[str, pd.DataFrame], known: C
     gap = ours.value - paper_values[model] if ours and model in paper_values else math.nan
     words = _WORDS["control" if claim.kind == "control" else relation]
     word = words.get(outcome.state, NOT_MEASURED if outcome.state == predicates.MISSING else UNDECIDED)
-    return Verdict(claim, preset, word, outcome.reason, ours, paper_values, gap)
+    return Verdict(claim, preset, word, outcome.reason, ours, paper_values, gap, _devices(claim, context))
 
 
 def _random(table: pd.DataFrame) -> bool:
@@ -276,6 +283,17 @@ def _ours(claim: Claim, context: Context) -> Estimate | None:
         return predicates.estimate(claim.ours, context)
     except (NotMeasured, predicates.Ambiguous):
         return None
+
+
+def _devices(claim: Claim, context: Context) -> tuple[str, ...]:
+    found: set[str] = set()
+    for node in predicates.selections(claim.ours or claim.predicate):
+        try:
+            rows = predicates.select(node, context)
+        except (NotMeasured, predicates.Ambiguous):
+            continue
+        found |= set(rows["device"].dropna()) if "device" in rows else set()
+    return tuple(sorted(found))
 
 
 def scorecard_markdown(read: Judged) -> str:
@@ -305,15 +323,21 @@ def _table(rows: list[Verdict]) -> list[str]:
     lines = ["| Claim | Paper | Ours | Verdict |", "|:--|:--|:--|:--|"]
     for row in sorted(rows, key=lambda row: VERDICTS.index(row.verdict)):
         reason = f" ({row.reason})" if row.reason and row.verdict != NOT_MEASURED else ""
-        cells = [f"{row.claim.text} *{_who(row.claim)}*", paper_text(row), ours_text(row),
+        cells = [f"{row.claim.text} *{_who(row)}*", paper_text(row), ours_text(row),
                  f"**{row.verdict}**{reason}"]
         lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     return [*lines, ""]
 
 
-def _who(claim: Claim) -> str:
+def _who(row: Verdict) -> str:
+    claim = row.claim
     who = claim.where if claim.by in ("r-sparse", "this book") else f"{claim.by}, {claim.where}"
-    return f"{who}; shown: {claim.shown}" if claim.shown else who
+    shown = f"shown: {claim.shown}" if claim.shown else ""
+    return "; ".join(filter(None, (who, shown, _timed_on(row))))
+
+
+def _timed_on(row: Verdict) -> str:
+    return f"timed on {' and '.join(row.devices)}" if row.devices else ""
 
 
 def _notes(claims: list[Claim]) -> list[str]:
@@ -374,4 +398,5 @@ def verdicts_markdown(read: Judged) -> str:
 
 
 def _measured(row: Verdict) -> str:
-    return f": {ours_text(row)}" if row.ours else ""
+    timed = f", {_timed_on(row)}" if row.devices else ""
+    return f": {ours_text(row)}{timed}" if row.ours else ""

@@ -18,7 +18,6 @@ from typing import Any
 import pandas as pd
 
 from rsparse.files import write_json
-from rsparse.greedy import TOKENS as SEARCHED
 from rsparse.paths import HERE, Checkout
 from rsparse.presets import Preset, exhibits_in, has_overnight, load, parameters_of
 from rsparse.results import read_journal
@@ -76,7 +75,12 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
 
 def search_costs(checkout: Checkout = HERE) -> list[dict[str, Any]]:
     """What `python -m rsparse search-cost` measured, one entry per shape; see rsparse.search_cost for the fields."""
-    paths = sorted((checkout.results / SEARCH_COSTS).glob("*.json"))
+    return search_costs_in(checkout.results)
+
+
+def search_costs_in(results: Path) -> list[dict[str, Any]]:
+    """The same, of a folder of published results."""
+    paths = sorted((Path(results) / SEARCH_COSTS).glob("*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
@@ -174,7 +178,9 @@ def tokens(what: str, parameters: Mapping[str, Any]) -> float:
     if what == "gptq":  # a part of it does not grow with the tokens: an upper bound where there are more of them
         return parameters["gptq_samples"] * parameters["gptq_length"]
     if what == "greedy":
-        return min(parameters["samples"] * parameters["length"], SEARCHED)
+        from rsparse.greedy import TOKENS  # with torch, which the claims do without
+
+        return min(parameters["samples"] * parameters["length"], TOKENS)
     if what == "heldout":
         return parameters["windows"] * parameters["window"]
     if what == "search":

@@ -23,13 +23,14 @@ A *predicate* is true, false, undecided, or not measured:
 
 Why undecided: a comparison holds when its whole interval lies beyond the threshold, fails when the whole
 interval lies on the other side, and says nothing when the interval straddles it. A measured value without an
-interval is undecided too, except where `interval: exact` says that nothing was sampled.
+interval is undecided too, except where `interval: exact` says that nothing was sampled. `interval: range` says that
+low and high are the ends of a range, over repeats or over two ways of counting, and no 95% interval.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,6 +160,15 @@ def select(node: Node, context: Context) -> pd.DataFrame:
     if mixed:
         raise Ambiguous(f"rows differ in {', '.join(mixed)}")
     return frame
+
+
+def selections(node: Node) -> Iterator[Node]:
+    """The selections of rows that an expression or a predicate is made of."""
+    if isinstance(node, Mapping) and "rows" in node:
+        yield node
+    elif isinstance(node, Mapping | list):
+        for part in node.values() if isinstance(node, Mapping) else node:
+            yield from selections(part)
 
 
 def equals(frame: pd.DataFrame, column: str, value: Any) -> pd.Series:
@@ -324,7 +334,8 @@ def _verdict(node: Node, low: float, high: float) -> Outcome:
         outside = high < margin or (low == high == margin and strict)
     if inside or outside:
         return Outcome(HOLDS if inside else FAILS)
-    return Outcome(UNDECIDED, "the 95% interval includes the threshold")
+    shown = "range" if node.get("interval") == "range" else "95% interval"
+    return Outcome(UNDECIDED, f"the {shown} includes the threshold")
 
 
 def _share(node: Node, context: Context) -> Outcome:

@@ -12,6 +12,7 @@ import small_checkpoint
 
 from rsparse import claims, estimate, paper, predicates
 from rsparse.exhibits import adaptive, adaptive_reading, search_cost_reading
+from rsparse.files import write_json
 from rsparse.paths import Checkout
 from rsparse.predicates import Context
 from rsparse.results import Table
@@ -310,3 +311,23 @@ def test_what_a_search_costs_in_words(tmp_path):
     longer = cost | {"hours_in_total": 0.3, "hours_per_group": 0.4}
     assert search_cost_reading.reading([longer]).endswith("its 1 h is less than either.")
     assert estimate.search_costs(Checkout(tmp_path)) == []
+
+
+@pytest.mark.parametrize(("device", "hours", "hour", "elsewhere"), [
+    ("NVIDIA H100 80GB HBM3", (0.1, 0.4), "not measured", "control passed"),
+    ("NVIDIA H100 80GB HBM3", (0.4, 2.0), "not measured", "undecided"),
+    ("NVIDIA H100 80GB HBM3", (1.2, 6.0), "not measured", "control failed"),
+    ("NVIDIA RTX A6000", (0.1, 0.9), "analogue holds", "not measured"),
+    ("NVIDIA RTX A6000", (0.4, 2.5), "undecided", "not measured"),
+    ("NVIDIA RTX A6000", (1.6, 9.0), "analogue does not hold", "not measured"),
+])  # fmt: skip
+def test_an_hour_on_an_a6000_is_judged_on_an_a6000_alone(tmp_path, device, hours, hour, elsewhere):
+    low, high = hours
+    cost = estimate.search_costs()[0] | {"device": device, "hours_in_total": low, "hours_per_group": high}
+    write_json(tmp_path / estimate.SEARCH_COSTS / "cost.json", cost)
+    found = {(x.claim.id, x.preset): x for x in claims.evaluate(tmp_path)}
+    assert {preset for _, preset in found} == {"h200"}
+    assert found["search-one-hour", "h200"].verdict == hour
+    other = found["search-hour-on-faster-gpus", "h200"]
+    assert other.verdict == elsewhere and other.devices == (() if elsewhere == "not measured" else (device,))
+    assert "95%" not in other.reason + found["search-one-hour", "h200"].reason, "a range is no interval"

@@ -201,6 +201,13 @@ def test_comparisons(low, high, op, right, extra, state):
     assert decide(compare(ROWS, op, right, **extra), context(frame)).state == state
 
 
+def test_a_range_is_named_as_one():
+    frame = table(dict(value=0.1, low=-0.1, high=0.3))
+    outcome = decide(compare(ROWS, ">", 0, interval="range"), context(frame))
+    assert (outcome.state, outcome.reason) == ("undecided", "the range includes the threshold")
+    assert decide(compare(ROWS, ">", -0.2, interval="range"), context(frame)).state == "holds"
+
+
 def test_differences_of_rows_add_errors_in_squares():
     frame = table(dict(method="a", value=0.6, stderr=0.03), dict(method="b", value=0.5, stderr=0.04))
     both = {"minus": [{"rows": {"method": "a"}}, {"rows": {"method": "b"}}]}

@@ -333,7 +333,10 @@ def test_published_timings_decide_claims(folder, tmp_path):
     assert found["gain-shrinks-with-length"].verdict == "analogue does not hold"
     assert found["teal-decode-speedup"].ours.value == pytest.approx(1.6), "over the same engine, not over slower code"
     assert found["faster-than-the-same-engine"].verdict == found["faster-than-compiled"].verdict == "control passed"
-    assert found["layers-are-faster"].verdict == "control passed"
+    layers = found["layers-are-faster"]
+    assert layers.verdict == "control passed" and layers.reason.startswith("holds for ")
+    card = claims.scorecard_markdown(claims.judged(tmp_path / "results"))
+    assert layers.devices and f"timed on {' and '.join(layers.devices)}" in card and "machine that ran" not in card
 
 
 def test_a_baseline_of_another_file_counts_and_another_setting_does_not(tmp_path):

@@ -58,7 +58,7 @@ def test_provenance_says_what_computed_when_and_on_what():
 
 def test_the_runner_and_the_package_need_no_torch():
     heavy = "{'torch', 'transformers', 'lm_eval', 'triton', 'matplotlib'}"
-    program = f"import sys, rsparse, rsparse.batch, rsparse.provenance; print({heavy} & set(sys.modules))"
+    program = f"import sys, rsparse, rsparse.batch, rsparse.book, rsparse.provenance; print({heavy} & set(sys.modules))"
     assert python(program).strip() == "set()"
 
 
