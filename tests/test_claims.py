@@ -132,6 +132,52 @@ def test_random_weights_measure_speed_only(tmp_path):
     assert verdict(tmp_path, "gain-shrinks-with-length", "h200").verdict == "analogue holds"
 
 
+GAIN = dict(method="r-sparse", against="dense", baseline="hf-eager", dtype="float32", sparsity=0.5, prompt=2048,
+            batch=1, layers=0, metric="speed_gain", task="generation", device="NVIDIA RTX A6000")  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "gain", "largest", "every"), [
+    ("a6000-llama-2-7b", 0.36, "not reproduced", "reproduced"),  # 90% of 42 and of 38
+    ("a6000-llama-3-8b", 0.365, "reproduced", "reproduced"),  # of 40 and of 36
+    ("a6000-llama-3-8b", 0.3, "not reproduced", "not reproduced"),
+    ("a6000-mistral-7b", 0.365, "analogue does not hold", "analogue holds"),  # nothing is printed: Llama-2-7B's
+])  # fmt: skip
+def test_a_gain_is_held_against_that_of_its_model(tmp_path, preset, gain, largest, every):
+    lengths = [128, 256, 512, 1024, 2048]
+    write(tmp_path, preset, "figure-6", pd.DataFrame([GAIN | {"generation": x, "value": gain} for x in lengths]))
+    found = verdict(tmp_path, "generation-gain", preset)
+    assert (found.verdict, found.devices) == (largest, ("NVIDIA RTX A6000",))
+    assert "timed on NVIDIA RTX A6000" in claims.scorecard_markdown(claims.judged(tmp_path))
+    assert verdict(tmp_path, "generation-gain-at-every-length", preset).verdict == every
+    write(tmp_path, preset, "figure-6", pd.DataFrame([GAIN | {"generation": x, "value": 0.5} for x in lengths[:-1]]))
+    assert verdict(tmp_path, "generation-gain-at-every-length", preset).verdict == "not measured"
+
+
+@pytest.mark.parametrize(("speeds", "expected"), [
+    ((20, 22, 18), "reproduced"), ((22, 20, 18), "not reproduced"), ((20, 22, 23), "not reproduced"),
+])  # fmt: skip
+def test_the_dense_speed_has_its_peak_in_between(tmp_path, speeds, expected):
+    row = GAIN | {"method": "dense", "name": "hf-eager", "against": None, "baseline": None, "metric": "tokens_per_s"}
+    rows = [row | {"generation": x, "value": value} for x, value in zip((128, 512, 2048), speeds, strict=True)]
+    write(tmp_path, "a6000-llama-2-7b", "figure-6", pd.DataFrame(rows))
+    assert verdict(tmp_path, "dense-rises-then-falls", "a6000-llama-2-7b").verdict == expected
+
+
+def test_tasks_and_budgets_that_the_paper_prints_have_verdicts(tmp_path):
+    common = dict(task="average", metric="acc", stderr=0.004, n=9000)
+    rows = [dict(method="dense", sparsity=0.0, value=0.659, **common),
+            dict(method="r-sparse", sparsity=0.4, value=0.652, **common)]  # fmt: skip
+    write(tmp_path, "a6000-llama-2-7b", "table-1", pd.DataFrame(rows))
+    searched = dict(task="obqa", searcher="evolution", against="uniform 0.95", sparsity=0.7, value=0.03, low=0.01,
+                    high=0.05)  # fmt: skip
+    write(tmp_path, "a6000-llama-2-7b", "table-4", table(searched))
+    teal = GAIN | dict(method="teal", baseline="dense", sparsity=0.4, metric="speedup", generation=200, value=1.36)
+    write(tmp_path, "a6000-llama-2-7b", "figure-6", pd.DataFrame([teal]))
+    assert verdict(tmp_path, "average-at-40", "a6000-llama-2-7b").verdict == "reproduced"
+    assert verdict(tmp_path, "adaptive-at-70-on-obqa", "a6000-llama-2-7b").verdict == "reproduced"
+    assert verdict(tmp_path, "teal-decode-speedup-40", "a6000-llama-2-7b").verdict == "not reproduced"  # 90% of 1.53
+
+
 def test_a_printed_value_is_matched_within_two_standard_errors(tmp_path):
     common = dict(task="average", metric="acc", stderr=0.004, n=9000)
     rows = [dict(method="dense", sparsity=0.0, value=0.659, **common)]
