@@ -14,21 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from kernels import packing, reference
+from kernels.gathering import UNION as UNION  # beside `Gemv`, for who builds one
+from kernels.gathering import gathered_tokens as gathered_tokens
 from kernels.packing import Packed
 
 MOST_TOKENS = {"cuda": 1, "cpu": 3}
 """Tokens up to which rows are gathered, unless a module says more. A CPU gathers for one after another: at half of the
 rows, more take longer than the plain product of s(x) from a table, which takes longer than one of the weight."""
-UNION = 0.5
-"""Share of the rows that the tokens of a batch may want together for gathering to pay. On an H100 the four linears of a
-block of Llama-3-8B took, of the time of torch's dense products: at sparsity 0.75 0.71 for two tokens, which want 44% of
-the rows, and 1.01 for four (68%); at 0.5 1.01 for two (75%), 1.26 for four (94%) and 1.44 for eight. Sums over
-data/results/kernels/h100/batch-llama-3-8b.json."""
-
-
-def gathered_tokens(sparsity: float, most: int = 8) -> int:
-    """Tokens, up to `most`, of independent masks that want at most `UNION` of the rows together; at least 1."""
-    return max([1] + [tokens for tokens in range(2, most + 1) if 1 - sparsity**tokens <= UNION])
 
 
 @cache

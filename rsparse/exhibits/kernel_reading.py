@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kernels.gathering import gathered_tokens
 from kernels.shapes import SIZES
 from rsparse.exhibits.gains import listed
 from rsparse.paths import ROOT
@@ -234,8 +235,7 @@ def batch_table(own: pd.DataFrame, union: float) -> pd.DataFrame:
 
 
 def _gathers(sparsity: float, batch: float, union: float) -> str:
-    """As kernels.operations.gathered_tokens has it; one token always is."""
-    return "yes" if batch == 1 or 1 - sparsity**batch <= union else "no"
+    return "yes" if batch <= gathered_tokens(sparsity, int(batch), union) else "no"
 
 
 def batch_points(own: pd.DataFrame) -> pd.DataFrame:
