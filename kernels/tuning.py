@@ -84,7 +84,7 @@ def configuration_for(packed: Packed, gated: bool, shares: Sequence[float],
     normal = torch.distributions.Normal(0.0, 1.0)
     thresholds = normal.icdf(1 - torch.tensor(shares).clamp(0, 1) / 2).tolist()  # of |x|, x normal
     x = torch.randn(tokens, packed.channels, device=packed.table.device).to(packed.dtype)
-    copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda", sparsity**tokens))]
+    copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda"))]
     return tune(copies, gated, x, sparsity, norm)
 
 
