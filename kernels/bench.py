@@ -25,6 +25,7 @@ from kernels import inputs, packing, timing
 from kernels.destination import check_destination
 from kernels.operations import Gemv, has_triton
 from kernels.packing import Packed, Segment
+from kernels.processors import shared
 from kernels.quantized import GROUP, Quantized
 from kernels.shapes import SIZES, Fused, fused
 from kernels.tuning import tune, write_json
@@ -144,6 +145,8 @@ def _row(one: Fused, asked: Asked, x: Tensor, drawn: Tensor, speed: float) -> di
              "dense bytes": size}  # fmt: skip
     for name, t in times.items():
         found |= {f"{name} us": 1e6 * t.p50, f"{name} p20 us": 1e6 * t.p20, f"{name} p80 us": 1e6 * t.p80}
+    if asked.device == "cpu":
+        found["processor share"] = min(t.processors for t in times.values())
     ours = times["ours"].p50
     return found | {
         "bandwidth share": read / ours / speed, "over torch": times["torch"].p50 / ours,
@@ -315,6 +318,8 @@ def _print(asked: Asked, found: Sequence[dict[str, Any]]) -> None:
     for row in found:
         if parts := [f"{name} {row[name]:.2f}" for name in PARTS if name in row]:
             print(f"breakdown of {row['linear']}: " + "; ".join(parts))
+    if warning := shared(min(row.get("processor share", 1.0) for row in found)):
+        print(warning)
     means = {name: geometric_mean([row[name] for row in found]) for name in ("over torch", "over ours dense")}
     print("geometric means: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()), flush=True)
 

@@ -20,11 +20,13 @@ CALLS = 40
 
 @dataclass(frozen=True)
 class Times:
-    """Quantiles of the seconds of one call."""
+    """Quantiles of the seconds of one call. processors: of the time of torch's threads, the share that this process
+    ran: 1 if they wait by spinning and nobody else wants their processors; NaN on a GPU."""
 
     p20: float
     p50: float
     p80: float
+    processors: float = math.nan
 
 
 def copies(bytes_: float, device: str, unread: float = 0.0) -> int:
@@ -38,20 +40,23 @@ def measure(calls: Sequence[Callable[[], object]], device: str, repeats: int = 2
 
     in_graph: calls of one CUDA graph, or as many as there are of `calls`.
     """
-    found = _graph(calls, repeats, max(in_graph, len(calls))) if device == "cuda" else _clock(calls, repeats)
+    if device == "cuda":
+        found, processors = _graph(calls, repeats, max(in_graph, len(calls))), math.nan
+    else:
+        found, processors = _clock(calls, repeats)
     p20, *_, p80 = statistics.quantiles(found, n=5) if len(found) > 1 else found * 2
-    return Times(p20, statistics.median(found), p80)
+    return Times(p20, statistics.median(found), p80, processors)
 
 
-def _clock(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def _clock(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[list[float], float]:
     for call in calls:
         call()
-    found = []
+    found, busy = [], time.process_time()
     for i in range(repeats):
         started = time.perf_counter()
         calls[i % len(calls)]()
         found.append(time.perf_counter() - started)
-    return found
+    return found, (time.process_time() - busy) / (sum(found) * torch.get_num_threads())
 
 
 def _graph(calls: Sequence[Callable[[], object]], repeats: int, in_graph: int) -> list[float]:

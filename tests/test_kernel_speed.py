@@ -106,6 +106,7 @@ def test_a_linear_is_really_timed(tmp_path):
     assert row["over torch"] == pytest.approx(row["torch us"] / row["ours us"])
     assert row["dense bytes"] == 4 * 4096**2 and row["bytes"] == pytest.approx(row["dense bytes"] / 2, rel=0.05)
     assert "down" not in kernel_reading.live_reading(kernel_speed.wide(table.frame))
+    assert 0 < row["processor share"] < 1.2
 
 
 @pytest.mark.parametrize("change", [
@@ -239,6 +240,18 @@ def test_live_timings_name_their_machine():
     assert pd.isna(table.loc[0, "±"]) and table.loc[0, "m x n"] == "4096x4096"
     assert kernel_reading.live_table(live.assign(**{"over torch stderr": 0.1}))["±"].tolist() == [0.1, 0.1]
     assert set(kernel_reading.together(frame(timing()), live)["device"]) == {"GPU", "a CPU, 2 threads (this run)"}
+
+
+def test_times_of_a_shared_machine_judge_nothing():
+    live = frame(*whole(1.8, dtype="float32", **{"processor share": 0.97}), device="a CPU", where="cpu")
+    assert kernel_reading.live_reading(live).startswith("Measured by this run")
+    assert "yes" in set(kernel_bounds_reading.table(live)["met"])
+    busy = live.assign(**{"processor share": [0.97, 0.52, 0.97, 0.97]})
+    words = kernel_reading.live_reading(busy)
+    assert words.startswith("**Others used the processors") and "this process had 52%" in words
+    table = kernel_bounds_reading.table(busy)
+    assert "yes" not in set(table["met"]) and "not judged: a shared machine" in set(table["met"])
+    assert "1 cannot be judged by times of a machine" in kernel_bounds_reading.reading(table)
 
 
 # Bounds

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kernels.gathering import gathered_tokens
+from kernels.processors import shared
 from kernels.shapes import SIZES
 from rsparse.exhibits.gains import listed
 from rsparse.paths import ROOT
@@ -391,10 +392,17 @@ def live_reading(frame: pd.DataFrame) -> str:
         said.append(f"{geometric_mean(part['over torch']):.2f} over torch and "
                     f"{geometric_mean(part['over ours dense']):.2f} over our dense at {sparsity:.0%}")  # fmt: skip
     names = list(dict.fromkeys(linears(frame)["linear"]))
-    return (
+    words = (
         f"Measured by this run on {one['device']}: `{one['shape']}` in {one['dtype']}, random weights, "
         f"{listed(names)}. Geometric means: {'; '.join(said)}."
     )
+    warning = shared(processor_share(frame))
+    return f"**{warning}** {words}" if warning else words
+
+
+def processor_share(frame: pd.DataFrame) -> float:
+    """The least of its processors' time that a CPU's timings had; NaN where that was not measured."""
+    return float(frame["processor share"].min()) if "processor share" in frame else math.nan
 
 
 def together(known: pd.DataFrame, live: pd.DataFrame) -> pd.DataFrame:

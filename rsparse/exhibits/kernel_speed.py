@@ -35,6 +35,7 @@ METRICS = {
     "ours us": "ours_us", "ours p20 us": "ours_us_p20", "ours p80 us": "ours_us_p80",
     "over torch": "over_torch", "over ours dense": "over_ours_dense", "bytes": "read_bytes",
     "dense bytes": "dense_bytes", "bandwidth share": "bandwidth_share", "read bandwidth": "read_bandwidth",
+    "processor share": "processor_share",
     "sparse path us": "sparse_path_us", "as many channels, all read us": "all_read_us", "launch us": "launch_us",
 }  # fmt: skip
 """Field of `kernels.bench` -> metric of a row. p20, p80: quantiles over repeats; read_bandwidth in bytes per second."""
