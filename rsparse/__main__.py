@@ -62,7 +62,7 @@ def _build(options: argparse.Namespace, checkout: Checkout) -> int:
 def _estimate(options: argparse.Namespace, checkout: Checkout) -> int:
     from rsparse.estimate import project
 
-    print(f"wrote {project(options.preset, options.rehearsal, options.run, checkout)}")
+    print(f"wrote {project(options.preset, options.rehearsal, options.run, checkout, options.only)}")
     return 0
 
 
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     project.add_argument("--preset", required=True, help="the preset to project, e.g. a6000-llama-2-7b")
     project.add_argument("--rehearsal", required=True, help="the rehearsed preset, e.g. rehearsal-llama-2-7b")
     project.add_argument("--run", type=Path, help="its run folder (default: _runs/REHEARSAL in the checkout)")
+    project.add_argument("--only", nargs="+", default=(), metavar="EXHIBIT", help="leave the others as they stand")
     project.set_defaults(command=_estimate)
 
     search = commands.add_parser("search", help="search a recipe for a preset's model; a killed search resumes")

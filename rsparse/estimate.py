@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,27 @@ KEPT = ("factors of calibrate", "factors of search")
 """Kinds of work that are done once for a model and kept."""
 
 
-def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Checkout = HERE) -> Path:
+def project(
+    preset: str, rehearsal: str, run: Path | None = None, checkout: Checkout = HERE, only: Sequence[str] = ()
+) -> Path:
     """Write data/results/<preset>/estimate.json from a finished run of the preset `rehearsal`.
 
     It holds, for the whole and for the overnight subset: per notebook, projected seconds on an A6000 and the peaks
     of memory that the rehearsal measured, in bytes; and the low-rank factors, which are computed once and kept.
-    Raises ValueError where a notebook of the preset was not rehearsed in one go, or the rehearsal's GPU is unknown.
+    only: exhibits to project anew; the others, and the factors, stay as the file has them.
+    Raises ValueError where a notebook of the preset was not rehearsed in one go, the rehearsal's GPU is unknown, and
+    for `only` where the preset has no such exhibit, or there is no file yet.
     """
     folder = (run or checkout.run_folder(rehearsal)) / "results"
     variants = {"whole": load(preset, checkout)}
     if has_overnight(preset, checkout):
         variants["overnight"] = load(preset, checkout, overnight=True)
-    rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in variants["whole"].parameters}
-    whole = variants["whole"]
+    whole, target = variants["whole"], checkout.results / preset / "estimate.json"
+    if unknown := [exhibit for exhibit in only if exhibit not in whole.parameters]:
+        raise ValueError(f"only {', '.join(unknown)}; expected some of {', '.join(whole.parameters)}")
+    if only and not target.exists():
+        raise ValueError(f"{preset} has no estimate yet; expected one of all of its exhibits first, without only")
+    rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in only or whole.parameters}
     defaults = {exhibit: parameters_of(path) for exhibit, path in exhibits_in(checkout.notebooks).items()}
     shape = load(rehearsal, checkout).parameters[next(iter(rehearsed))]["checkpoint"].removeprefix("random:")
     searched = next((x for x in search_costs(checkout) if x["shape"] == SAME_BLOCKS.get(shape, shape)), None)
@@ -68,9 +76,18 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
     assumed = {"gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
     codes = dict.fromkeys(provenance["code"] for provenance, _ in rehearsed.values())
     found["source"] = {"rehearsal": rehearsal, "code": list(codes)} | assumed
-    target = checkout.results / preset / "estimate.json"
-    write_json(target, found)
+    write_json(target, _merged(json.loads(target.read_text(encoding="utf-8")), found, whole) if only else found)
     return target
+
+
+def _merged(known: Mapping[str, Any], found: Mapping[str, Any], whole: Preset) -> dict[str, Any]:
+    """What is `known` with the notebooks that were `found` in the place of its own, in the preset's order."""
+    merged = dict(known)
+    for name in found.keys() - {"source"}:
+        own = known[name]["notebooks"] | found[name]["notebooks"]
+        merged[name] = known[name] | {"notebooks": {x: own[x] for x in whole.parameters if x in own}}
+    codes = dict.fromkeys([*known["source"]["code"], *found["source"]["code"]])
+    return merged | {"source": found["source"] | {"code": list(codes)}}
 
 
 def search_costs(checkout: Checkout = HERE) -> list[dict[str, Any]]:
@@ -113,7 +130,7 @@ def _variant(
 ) -> dict[str, Any]:  # fmt: skip
     """The projection of a preset or of its overnight subset; a measurement that two notebooks share is paid once."""
     notebooks: dict[str, Any] = {}
-    for exhibit, parameters in preset.parameters.items():
+    for exhibit, parameters in ((x, y) for x, y in preset.parameters.items() if x in rehearsed):
         provenance, costs = rehearsed[exhibit]
         paid = [x for x in costs if x["from"] == exhibit or x["from"] not in preset.parameters]
         own, all_ = defaults[exhibit] | parameters, defaults[exhibit] | whole.parameters[exhibit]

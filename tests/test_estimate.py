@@ -8,7 +8,7 @@ import yaml
 
 from rsparse.estimate import GPUS, OFFICIAL_ROWS, decomposition_seconds, project, tokens
 from rsparse.paths import HERE, Checkout
-from rsparse.presets import exhibits_in
+from rsparse.presets import exhibits_in, load
 
 REAL = {"items": 0, "suite": "official", "windows": 32, "window": 4096, "samples": 16, "length": 4096} | {
     "articles": 500, "summary_tokens": 64,
@@ -150,6 +150,29 @@ def test_the_overnight_subset_pays_for_its_own_settings(rehearsed):
     work = 2 * 5.0 / 8192 * tokens("heldout", shorter) + 2 * 0.0045 * tokens("tasks", shorter)
     work += 2.0 / 8192 * tokens("calibrate", shorter)
     assert night["table-3"]["seconds"] == pytest.approx(98 + SLOWER * work, abs=1)
+
+
+def test_some_exhibits_are_projected_beside_what_stands(rehearsed):
+    names = "a6000-llama-2-7b", "rehearsal-llama-2-7b"
+    with pytest.raises(ValueError, match="a6000-llama-2-7b has no estimate yet"):
+        project(*names, checkout=rehearsed, only=["figure-1-3"])
+    path = project(*names, checkout=rehearsed)
+    before = json.loads(path.read_text())
+    del before["whole"]["notebooks"]["inside"]  # as if it had come to the preset later
+    path.write_text(json.dumps(before))
+    results = rehearsed.run_folder(names[1]) / "results"
+    for exhibit in ("figure-1-3", "inside"):
+        about = {"seconds": 300.0, "peak_memory": 4, "gpu_peak_memory": 6, "device": "NVIDIA H200", "code": "d"}
+        (results / exhibit / f"{exhibit}.json").write_text(json.dumps(about))
+    shutil.rmtree(results / "figure-5")
+    after = json.loads(project(*names, checkout=rehearsed, only=["inside", "figure-1-3"]).read_text())
+    whole = after["whole"]["notebooks"]
+    assert whole["inside"]["gpu_peak_memory"] == whole["figure-1-3"]["gpu_peak_memory"] == 6
+    assert list(whole) == [x for x in load(names[0], rehearsed).parameters if x in whole]
+    assert whole["figure-5"] == before["whole"]["notebooks"]["figure-5"]
+    assert after["whole"]["factors"] == before["whole"]["factors"] and after["source"]["code"] == ["c", "d"]
+    with pytest.raises(ValueError, match="only figure-9; expected some of figure-1-3"):
+        project(*names, checkout=rehearsed, only=["figure-9"])
 
 
 def test_what_cannot_be_projected_is_refused(rehearsed):
