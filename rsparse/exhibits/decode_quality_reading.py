@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from rsparse.exhibits.comparison_reading import NAMES
-from rsparse.exhibits.decode_reading import METHODS, at, ordered, over, whole
+from rsparse.exhibits.decode_reading import METHODS, at, ordered, over, whole, with_most_rows
 from rsparse.exhibits.gains import listed
 
 NEAR = 0.006
@@ -65,14 +65,14 @@ def choice(quality: pd.DataFrame) -> Callable[[pd.DataFrame], pd.DataFrame]:
 def pairs(frame: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """A row per method and sparsity that both sides hold: speed (times our dense engine, one text) and loss; and
     whether it is on the front of its panel, where no other setting is both faster and better. In bfloat16 where that
-    was timed."""
+    was timed, and after the prompt with the most rows, the longest of several."""
     own = whole(at(frame, batch=1))
     own = own.assign(speed=over(own, "dense", own)).dropna(subset=["speed"])
     own = ordered(own[own["name"].isin(METHODS) & (own["sparsity"] > 0)])
     found = []
     for model, part in own.groupby("model", sort=False):
         part = at(part, dtype="bfloat16") if "bfloat16" in set(part["dtype"]) else at(part, dtype=part["dtype"].iloc[0])
-        part = at(part, prompt=part["prompt"].max())
+        part = with_most_rows(part, ["model"])
         for preset, cells in _beside(quality, model).groupby("preset", sort=False):
             found.append(_joined(part, cells, preset))
     found = [x for x in found if len(x)]
@@ -90,7 +90,7 @@ def _joined(part: pd.DataFrame, cells: pd.DataFrame, preset: str) -> pd.DataFram
         near = cells[(cells["method"] == row["name"]) & ((cells["sparsity"] - row["sparsity"]).abs() <= NEAR)]
         for _, cell in near.iloc[:1].iterrows():
             found.append({
-                "panel": f"speed: {row['model']} shape, {row['dtype']}\nquality: {cell['model']} ({preset})",
+                "panel": f"speed: {row['model']} shape, {row['dtype']}, prompt {row['prompt']:.0f}\nquality: {cell['model']} ({preset})",
                 "method": row["name"], "sparsity": row["sparsity"], "speed": row["speed"], "loss": cell["loss"],
                 "shape": row["model"], "of": cell["model"], "preset": preset,
             })  # fmt: skip

@@ -77,6 +77,16 @@ def panel(row: pd.Series) -> str:
     return f"{row['model']}, {row['dtype']}"
 
 
+def with_most_rows(frame: pd.DataFrame, keys: Sequence[str], longest: bool = True) -> pd.DataFrame:
+    """Of every group by `keys` the prompt and length with the most rows; of several the longest, or the shortest."""
+    if frame.empty:
+        return frame
+    place = [*keys, "prompt", "new"]
+    sizes = frame.groupby(place).size().reset_index(name="rows")
+    order = sizes.sort_values(["rows", "prompt", "new"], ascending=[False, not longest, not longest])
+    return frame.merge(order.drop_duplicates(list(keys))[place], on=place)
+
+
 def over(frame: pd.DataFrame, baseline: str, among: pd.DataFrame, dtype: str | None = None) -> np.ndarray:
     """Time of `baseline`, a row of `among` of the same setting, over that of each row of `frame`; NaN without one.
 
@@ -266,29 +276,21 @@ def teal_reading(own: pd.DataFrame) -> str:
 
 
 def parts(frame: pd.DataFrame) -> pd.DataFrame:
-    """One text's steps by part: our dense engine and every method at half or nearest to it, of every model and storage
-    after the longest prompt."""
-    own = whole(at(frame, batch=1))
-    own = own[own["step_parts_s.step"].notna()] if "step_parts_s.step" in own else own.iloc[:0]
-    longest = own.groupby(["model", "dtype"])["prompt"].transform("max") if len(own) else own["prompt"]
-    return _by_part(own[own["prompt"] == longest])
-
-
-def _by_part(own: pd.DataFrame) -> pd.DataFrame:
-    column = "step_parts_s.step"
+    """One text's steps by part: our dense engine and every method at half or nearest to it, of every model, storage and
+    prompt."""
+    own, column = whole(at(frame, batch=1)), "step_parts_s.step"
     own = own[own[column].notna()] if column in own else own.iloc[:0]
-    near = (own["sparsity"] - HALF).abs()
-    nearest = own.assign(near=near).sort_values("near", kind="stable").drop_duplicates(["model", "dtype", "name"])
-    return ordered(own.loc[nearest.index])
+    near = own.assign(near=(own["sparsity"] - HALF).abs()).sort_values("near", kind="stable")
+    return ordered(own.loc[near.drop_duplicates(["model", "dtype", "prompt", "name"]).index])
 
 
 def part_bars(own: pd.DataFrame) -> pd.DataFrame:
     """For `figures.grouped_bars`: milliseconds, a group per part, a series per row; of every model one storage,
-    bfloat16 where it was timed."""
+    bfloat16 where it was timed, after the prompt with the most rows, the longest of several."""
     storages = own.groupby("model")["dtype"].agg(lambda x: "bfloat16" if "bfloat16" in set(x) else x.iloc[0])
-    shown = own[own["dtype"] == own["model"].map(storages)]
+    shown = with_most_rows(own[own["dtype"] == own["model"].map(storages)], ["model"])
     return pd.DataFrame([
-        {"panel": panel(row), "group": title, "series": label(row), "value": 1e3 * row[f"step_parts_s.{part}"]}
+        {"panel": f"{panel(row)}\nprompt of {row['prompt']:.0f} tokens", "group": title, "series": label(row), "value": 1e3 * row[f"step_parts_s.{part}"]}
         for _, row in shown.iterrows() for part, title in PARTS.items()
     ])  # fmt: skip
 
@@ -323,15 +325,14 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     own = whole(at(frame, batch=1))
     own = own.assign(ratio=over(own, "dense", own)).dropna(subset=["ratio"])
     own = own[own["name"].isin(METHODS) & (own["sparsity"] > 0)]
-    sizes = own.groupby(["model", "dtype", "prompt", "new"]).size().reset_index(name="rows")
-    order = sizes.sort_values(["rows", "prompt", "new"], ascending=[False, True, True])
-    most = order.drop_duplicates(["model", "dtype"])
-    keys = ["model", "dtype", "prompt", "new"]
-    return ordered(own.merge(most[keys], on=keys)) if len(own) else own
+    return ordered(with_most_rows(own, ["model", "dtype"], longest=False))
 
 
 def sweep_points(own: pd.DataFrame) -> pd.DataFrame:
-    """For `figures.speed_lines`: times our dense engine, by the sparsity that thresholds left, in percent."""
+    """For `figures.speed_lines`: times our dense engine, by the sparsity that thresholds left, in percent; of models
+    and storages with several sparsities, unless none has."""
+    several = own.groupby(["model", "dtype"])["sparsity"].transform("nunique") > 1
+    own = own[several] if several.any() else own
     return pd.DataFrame([
         {"panel": panel(row), "series": NAMES.get(row["name"], row["name"]), "look": row["name"],
          "x": 100 * row["realised"], "value": row["ratio"], "limit": row["byte_limit_over_dense"]}
