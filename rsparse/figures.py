@@ -866,7 +866,8 @@ def pareto(points: pd.DataFrame) -> Figure:
             line = part[part["method"] == name].sort_values("sparsity")
             axis.plot(line["speed"], line["loss"], color=colour, marker=marker, linestyle=dash,
                       label=NAMES.get(name, name))  # fmt: skip
-            aside = dict(xytext=((6, -12), (-24, 7))[place % 2], textcoords="offset points", fontsize=7, color=colour)
+            offset = ((-9, 8), (8, -3), (6, -12), (-24, 7))[place % 4]  # neighbours apart
+            aside = dict(xytext=offset, textcoords="offset points", fontsize=7, color=colour)
             for _, point in line.iterrows():
                 axis.annotate(f"{point['sparsity']:.0%}", (point["speed"], point["loss"]), **aside)
         ring = dict(markersize=11, fillstyle="none", color="black", label="on the front")

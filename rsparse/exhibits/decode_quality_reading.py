@@ -90,7 +90,8 @@ def _joined(part: pd.DataFrame, cells: pd.DataFrame, preset: str) -> pd.DataFram
         near = cells[(cells["method"] == row["name"]) & ((cells["sparsity"] - row["sparsity"]).abs() <= NEAR)]
         for _, cell in near.iloc[:1].iterrows():
             found.append({
-                "panel": f"speed: {row['model']} shape, {row['dtype']}, prompt {row['prompt']:.0f}\nquality: {cell['model']} ({preset})",
+                "panel": f"speed: {row['model']} shape, {row['dtype']}, prompt {row['prompt']:.0f}\n"
+                         f"quality: {cell['model']} ({preset})",
                 "method": row["name"], "sparsity": row["sparsity"], "speed": row["speed"], "loss": cell["loss"],
                 "shape": row["model"], "of": cell["model"], "preset": preset,
             })  # fmt: skip

@@ -290,7 +290,8 @@ def part_bars(own: pd.DataFrame) -> pd.DataFrame:
     storages = own.groupby("model")["dtype"].agg(lambda x: "bfloat16" if "bfloat16" in set(x) else x.iloc[0])
     shown = with_most_rows(own[own["dtype"] == own["model"].map(storages)], ["model"])
     return pd.DataFrame([
-        {"panel": f"{panel(row)}\nprompt of {row['prompt']:.0f} tokens", "group": title, "series": label(row), "value": 1e3 * row[f"step_parts_s.{part}"]}
+        {"panel": f"{panel(row)}\nprompt of {row['prompt']:.0f} tokens", "group": title, "series": label(row),
+         "value": 1e3 * row[f"step_parts_s.{part}"]}
         for _, row in shown.iterrows() for part, title in PARTS.items()
     ])  # fmt: skip
 
