@@ -77,8 +77,10 @@ def _search(options: argparse.Namespace, checkout: Checkout) -> int:
 
 
 def _search_cost(options: argparse.Namespace, checkout: Checkout) -> int:
+    from kernels.destination import check_destination
     from rsparse import search_cost
 
+    check_destination(options.json)
     size = options.groups, options.samples, options.length, options.repeats
     found = search_cost.measure(options.shape, options.sparsity, *size, options.dtype, options.device)
     search_cost.save(found, options.json)

@@ -19,6 +19,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from kernels import bench, cpu, inputs, operations, packing, quantized, reference, shapes, triton_gemv, tuning
+from kernels.destination import check_destination
 from kernels.operations import Gemv, Neurons
 from kernels.packing import Segment, pack
 from kernels.triton_gemv import Configuration
@@ -638,6 +639,25 @@ def test_the_benchmark_says_what_int4_is_compared_with_and_every_option_what_it_
     lines = capsys.readouterr().out.partition("options:\n")[2].splitlines()
     for line, after in itertools.pairwise([*lines, ""]):
         assert not line.startswith("  -") or "  " in line.strip() or after.startswith(" " * 10), f"{line}: no help"
+
+
+@pytest.mark.parametrize(("place", "reason"), [
+    ("/proc/nowhere/a.json", ""), ("{folder}/" + 300 * "a", "File name too long"),
+    ("{folder}/" + 300 * "a" + "/new/a.json", "File name too long"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_made_is_refused_whoever_asks(place, reason, tmp_path):
+    """To root every folder seems writable, until something is written."""
+    with pytest.raises(ValueError, match=rf"cannot be written: .*{reason}; expected a place for a file"):
+        check_destination(Path(place.format(folder=tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_asking_for_a_place_leaves_nothing_behind(tmp_path):
+    check_destination(tmp_path / "new" / "newer" / "a.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.json").write_text("old")
+    check_destination(tmp_path / "a.json")
+    assert [x.name for x in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
