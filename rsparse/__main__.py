@@ -6,6 +6,7 @@ Each has --help.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,11 @@ def main(arguments: Sequence[str] | None = None, checkout: Checkout = HERE) -> i
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(f"error: cannot write {error.filename}; choose another folder with --out", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        elsewhere = "; --out names another place to write to" * hasattr(options, "out")
+        print(f"error: no permission for {error.filename}{elsewhere}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; the same command{' without --fresh' * getattr(options, 'fresh', False)} continues",

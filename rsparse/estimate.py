@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from kernels.destination import check_destination
 from rsparse.files import write_json
 from rsparse.paths import HERE, Checkout
 from rsparse.presets import Preset, exhibits_in, has_overnight, load, parameters_of
@@ -51,12 +52,15 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
 
     It holds, for the whole and for the overnight subset: per notebook, projected seconds on an A6000 and the peaks
     of memory that the rehearsal measured, in bytes; and the low-rank factors, which are computed once and kept.
-    Raises ValueError where a notebook of the preset was not rehearsed in one go, or the rehearsal's GPU is unknown.
+    Raises ValueError where a notebook of the preset was not rehearsed in one go, the rehearsal's GPU is unknown, or the
+    file cannot be written.
     """
     folder = (run or checkout.run_folder(rehearsal)) / "results"
     variants = {"whole": load(preset, checkout)}
     if has_overnight(preset, checkout):
         variants["overnight"] = load(preset, checkout, overnight=True)
+    target = checkout.results / preset / "estimate.json"
+    check_destination(target)
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in variants["whole"].parameters}
     whole = variants["whole"]
     defaults = {exhibit: parameters_of(path) for exhibit, path in exhibits_in(checkout.notebooks).items()}
@@ -68,7 +72,6 @@ def project(preset: str, rehearsal: str, run: Path | None = None, checkout: Chec
     assumed = {"gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
     codes = dict.fromkeys(provenance["code"] for provenance, _ in rehearsed.values())
     found["source"] = {"rehearsal": rehearsal, "code": list(codes)} | assumed
-    target = checkout.results / preset / "estimate.json"
     write_json(target, found)
     return target
 
