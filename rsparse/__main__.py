@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench-decode", help="time decoding: dense, sparse, and Hugging Face beside it")
     bench.add_argument("--shape", help="random weights of a published size, e.g. llama-2-7b")
-    bench.add_argument("--model", help="or a checkpoint: tiny, a folder, a hub id")
+    bench.add_argument("--model", help="or a checkpoint: tiny, a folder, a hub id (owner/name)")
     bench.add_argument("--json", type=Path, required=True, help="where the figures go, after each row")
     bench.add_argument("--methods", type=_names, help="default: dense,teal,r-sparse; teal@0.25: at its own sparsity")
     bench.add_argument("--baselines", type=_names, help="default: hf-eager,hf-static-compiled; '' for none")

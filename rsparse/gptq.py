@@ -124,7 +124,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _showing(blocks: nn.ModuleList) -> Iterator[None]:
-    """Inside, a bar shows which of the blocks is run: the library takes minutes a 7B model, and says nothing."""
+    """Inside, a bar shows which of the blocks is run: the library takes minutes for a 7B model, and says nothing."""
     with tqdm(total=len(blocks), desc="GPTQ, blocks", leave=False) as bar:
 
         def at(index: int) -> None:
