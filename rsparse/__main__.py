@@ -86,9 +86,10 @@ def _search(options: argparse.Namespace, checkout: Checkout) -> int:
 
 def _search_cost(options: argparse.Namespace, checkout: Checkout) -> int:
     from kernels.destination import check_destination
-    from rsparse import search_cost
 
     check_destination(options.json)
+    from rsparse import search_cost  # takes seconds
+
     size = options.groups, options.samples, options.length, options.repeats
     found = search_cost.measure(options.shape, options.sparsity, *size, options.dtype, options.device)
     search_cost.save(found, options.json)

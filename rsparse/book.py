@@ -113,8 +113,9 @@ def write_pages(checkout: Checkout = HERE) -> None:
 
 
 def _check_pages(checkout: Checkout) -> None:
-    """ValueError unless the files of `write_pages` can be written; tried in each of their folders."""
-    check_destination(checkout.exhibits / "page.md")
+    """ValueError unless the files of `write_pages` can be written."""
+    for exhibit in exhibits_in(checkout.notebooks):
+        check_destination(checkout.exhibits / f"{exhibit}.md")
     check_destination(checkout.book / "_generated" / "status.md")
     if (readme := checkout.root / "README.md").exists():  # a staged copy has none
         check_destination(readme)

@@ -36,9 +36,9 @@ def run(
         raise ValueError(f"searcher is {searcher!r}; expected one of {', '.join(SEARCHERS)}")
     values = _values(preset, checkout) | options
     plan = _plan(sparsity, searcher, values)
+    check_destination(out)
     journal = out.with_name(out.name + ".journal")
-    for path in (out, journal):
-        check_destination(path)
+    check_destination(journal)
     if fresh:
         journal.unlink(missing_ok=True)
     model = models.load_model(values["checkpoint"], values["dtype"], values["device"], values["device_map"] or None)

@@ -229,7 +229,7 @@ def test_killed_at_any_moment_it_ends_with_the_identical_recipe(build, tmp_path,
     (["--searcher", "annealing"], "searcher is 'annealing'; expected one of evolution, random"),
     (["--population", "2"], "population is 2"), (["--step", "0.3"], "step is 0.3"),
     (["--preset", "nothing"], "'nothing'"), (["--sparsity", "1.5"], "sparsity is 1.5"),
-    (["--out", "/tmp"], "/tmp is a folder; expected a file to write"),
+    (["--out", "/"], "/ is a folder; expected a file to write"), (["--out", "."], ". is a folder; expected a file"),
     (["--out", f"{__file__}/x.json"], "test_search.py is no folder; expected one"),
 ])  # fmt: skip
 def test_what_the_command_refuses_before_it_loads_a_model(tmp_path, monkeypatch, capsys, more, message):
