@@ -275,10 +275,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SIZES, default="llama-2-7b", help="whose linears (default: llama-2-7b)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32",
                         help="of the stored weights; int4, read by bfloat16 inputs, on a GPU (default: float32)")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5], help="of the bytes read, low-rank included")
-    parser.add_argument("--rho", type=float, default=0.95, help="share of the read bytes that the sparse path takes")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="tokens, each with a mask of its own")
-    parser.add_argument("--inputs", choices=inputs.KINDS, default="gaussian", help="published: as real activations are")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5],
+                        help="of the bytes read, low-rank included: 0 to 0.99, several values (default: 0.5)")
+    parser.add_argument("--rho", type=float, default=0.95,
+                        help="share of the read bytes that the sparse path takes: 0 to 1 (default: 0.95)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1],
+                        help="tokens, each with a mask of its own: 1 to 16, several values (default: 1); 1 for int4")
+    parser.add_argument("--inputs", choices=inputs.KINDS, default="gaussian",
+                        help="values of x; published: as real activations are (default: gaussian)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is a GPU")
     parser.add_argument("--repeats", type=int, default=20, help="timings, whose medians are shown (default: 20)")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from kernels import timing
+from kernels.folders import cache_folder
 from kernels.operations import Gemv
 from kernels.packing import Packed
 
@@ -27,6 +29,8 @@ KINDS = {
 SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
 PROGRAMS = (512, 8192)
 """Of a launch: fewer leave processors idle, more have too little to do for what their sums cost."""
+_UNSAVED: dict[str, dict] = {}
+"""Choices of this process that could not be kept on disk."""
 
 
 def storage(packed: Packed) -> str:
@@ -51,14 +55,15 @@ def candidates(packed: Packed, tokens: int = 1) -> list:
 
 
 def cache_path() -> Path:
-    """``$RSPARSE_CACHE/kernels.json``, or in ``~/.cache/rsparse``."""
-    return Path(os.environ.get("RSPARSE_CACHE") or Path.home() / ".cache" / "rsparse") / "kernels.json"
+    """Where choices are kept, see `cache_folder`."""
+    return cache_folder() / "kernels.json"
 
 
 def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: float,
          norm: tuple[torch.Tensor, float] | None = None):  # fmt: skip
     """The fastest of `candidates` on `weights`, copies of one shape, for x (tokens, n) of the given sparsity, behind a
-    norm or not; from the cache where it was measured before."""
+    norm or not; from the cache where it was measured before. What cannot be kept on disk holds for this process, with
+    one warning."""
     from kernels.triton_gemv import Configuration
 
     key, known = _key(weights[0], gated, len(x), sparsity, norm is not None), _read()
@@ -67,8 +72,7 @@ def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: floa
         for candidate in candidates(weights[0], len(x)):
             operations = [Gemv(packed, gated, norm, candidate, len(x)) for packed in weights]
             seconds[candidate] = timing.measure([lambda o=o: o(x) for o in operations], "cuda", 5).p50
-        known = _read() | {key: asdict(min(seconds, key=seconds.__getitem__))}
-        write_json(cache_path(), known)
+        known = _keep(key, asdict(min(seconds, key=seconds.__getitem__)))
     return Configuration(**known[key])
 
 
@@ -107,18 +111,31 @@ def _key(packed: Packed, gated: bool, tokens: int, sparsity: float, normed: bool
 
 @cache
 def _kernels() -> str:
-    """A choice holds for the kernels that it was measured with."""
+    """A choice holds for the kernels that it was measured with, and among the candidates that this file offered."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("triton_*.py")):
+    for path in (*sorted(Path(__file__).parent.glob("triton_*.py")), Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 
 
 def _read() -> dict[str, dict]:
     try:
-        return json.loads(cache_path().read_text(encoding="utf-8"))
+        return json.loads(cache_path().read_text(encoding="utf-8")) | _UNSAVED
     except (OSError, json.JSONDecodeError):
-        return {}
+        return dict(_UNSAVED)
+
+
+def _keep(key: str, choice: dict) -> dict[str, dict]:
+    """All that is known, with `choice` under `key`: on disk, or for this process where that cannot be."""
+    known = _read() | {key: choice}
+    try:
+        write_json(cache_path(), known)
+    except OSError as error:
+        if not _UNSAVED:
+            warnings.warn(f"{cache_path()} cannot be written ({error.strerror}): launches are measured again by every "
+                          "process; set RSPARSE_CACHE to a folder that can", stacklevel=3)  # fmt: skip
+        _UNSAVED[key] = choice
+    return known
 
 
 def write_json(path: Path, content: dict) -> None:

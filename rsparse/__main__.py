@@ -6,6 +6,7 @@ Each has --help.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,11 @@ def main(arguments: Sequence[str] | None = None, checkout: Checkout = HERE) -> i
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(f"error: cannot write {error.filename}; choose another folder with --out", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        elsewhere = "; --out names another place to write to" * hasattr(options, "out")
+        print(f"error: no permission for {error.filename}{elsewhere}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; the same command{' without --fresh' * getattr(options, 'fresh', False)} continues",
@@ -30,7 +34,11 @@ def main(arguments: Sequence[str] | None = None, checkout: Checkout = HERE) -> i
         return 130
 
 
-# The commands import what they need: --help answers at once.
+# The commands import what they need: --help answers at once. Values in it are written out; a test compares them.
+
+SHAPES = "llama-2-7b, llama-2-13b, llama-3-8b, llama-3-70b or mistral-7b"
+METHODS = ("dense, relufication, cats, griffin, chess, teal, teal-greedy, wina, wina-rotated, larosa, low-rank and "
+           "r-sparse")  # fmt: skip
 
 
 def _run(options: argparse.Namespace, checkout: Checkout) -> int:
@@ -77,7 +85,10 @@ def _search(options: argparse.Namespace, checkout: Checkout) -> int:
 
 
 def _search_cost(options: argparse.Namespace, checkout: Checkout) -> int:
-    from rsparse import search_cost
+    from kernels.destination import check_destination
+
+    check_destination(options.json)
+    from rsparse import search_cost  # takes seconds
 
     size = options.groups, options.samples, options.length, options.repeats
     found = search_cost.measure(options.shape, options.sparsity, *size, options.dtype, options.device)
@@ -145,28 +156,30 @@ def _parser() -> argparse.ArgumentParser:
         search.add_argument(f"--{name}", type=int, help="default: the preset's")
     for name in ("step", "mutation", "crossover"):
         search.add_argument(f"--{name}", type=float, help="default: the preset's")
-    for name in ("initial", "form"):
-        search.add_argument(f"--{name}", help="default: the preset's")
+    for name, values in (("initial", "scattered or uniform"), ("form", "steps or difference")):
+        search.add_argument(f"--{name}", help=f"{values} (default: the preset's); see rsparse/evolution.py")
     search.add_argument("--fresh", action="store_true", help="forget the evaluations of an earlier attempt")
     search.set_defaults(command=_search)
 
     cost = commands.add_parser("search-cost", help="time a search at the size of a real model, random weights")
-    cost.add_argument("--shape", required=True, help="e.g. llama-2-7b")
+    cost.add_argument("--shape", required=True, help=SHAPES)
     cost.add_argument("--json", type=Path, required=True, help="where the figures go")
     for name, default in (("groups", 8), ("samples", 16), ("length", 2048), ("repeats", 5)):
         cost.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     cost.add_argument("--sparsity", type=float, default=0.5, help="default: 0.5")
-    cost.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+    cost.add_argument("--dtype", default="bfloat16", help="float64, float32, bfloat16 (default) or float16")
     cost.add_argument("--device", default="cuda", help="default: cuda")
     cost.set_defaults(command=_search_cost)
 
     bench = commands.add_parser("bench-decode", help="time decoding: dense, sparse, and Hugging Face beside it")
-    bench.add_argument("--shape", help="random weights of a published size, e.g. llama-2-7b")
-    bench.add_argument("--model", help="or a checkpoint: tiny, a folder, a hub id")
+    bench.add_argument("--shape", help=f"random weights of a published size: {SHAPES}")
+    bench.add_argument("--model", help="or a checkpoint: tiny, a folder, a hub id (owner/name)")
     bench.add_argument("--json", type=Path, required=True, help="where the figures go, after each row")
-    bench.add_argument("--methods", type=_names, help="default: dense,teal,r-sparse; teal@0.25: at its own sparsity")
+    bench.add_argument("--methods", type=_names,
+                       help=f"of {METHODS} (default: dense,teal,r-sparse); teal@0.25: at its own sparsity")  # fmt: skip
     bench.add_argument("--baselines", type=_names, help="default: hf-eager,hf-static-compiled; '' for none")
-    for name, default in (("batch", 1), ("prompt", 2048), ("new", 2048), ("repeats", 5), ("seed", 0)):
+    bench.add_argument("--batch", type=int, help="texts, 1 (default) to 16; 1 for int4")
+    for name, default in (("prompt", 2048), ("new", 2048), ("repeats", 5), ("seed", 0)):
         bench.add_argument(f"--{name}", type=int, help=f"default: {default}")
     bench.add_argument("--layers", type=int, help="of random weights (default: all of the shape's)")
     for name, default in (("sparsity", 0.5), ("rho", 0.95)):

@@ -15,6 +15,7 @@ import nbformat
 import pandas as pd
 from nbformat import NotebookNode
 
+from kernels.destination import check_destination
 from rsparse import claims, pages
 from rsparse.batch import Entry, Ledger, gibibytes
 from rsparse.exhibits import rank_reading
@@ -39,9 +40,30 @@ def publish(
     """Take a run's tables and executed notebooks into the checkout and renew all pages; computes nothing.
 
     Everything is checked before the first file changes: ValueError for a run of another preset, one that
-    is not finished (unless `allow_partial`), a notebook without tables, or output that no page can show.
-    Returns the exhibits published.
+    is not finished (unless `allow_partial`), a notebook without tables, output that no page can show, or a
+    checkout that cannot be written to. Returns the exhibits published.
     """
+    ledger, done = _finished(run, preset, checkout, allow_partial)
+    held = ledger.about["preset"]
+    record = checkout.results / held / "batch.json"
+    for place in (record, *(checkout.exhibits / held / ledger.entries[exhibit].notebook for exhibit in done)):
+        check_destination(place)
+    _check_pages(checkout)
+    files: dict[Path, str] = {}
+    for exhibit in done:
+        files |= _published_files(run, exhibit, ledger, checkout)
+    for exhibit, path in exhibits_in(checkout.exhibits / held).items():
+        if exhibit in done:
+            path.unlink()  # its notebook may have been renumbered since
+    for path, text in files.items():
+        write_text(path, text)
+    _record_batch(record, ledger, done)
+    write_pages(checkout)
+    return done
+
+
+def _finished(run: Path, preset: str | None, checkout: Checkout, allow_partial: bool) -> tuple[Ledger, list[str]]:
+    """The ledger of a run and its finished exhibits; ValueError where there is none that `publish` takes."""
     ledger = Ledger(run)
     held = ledger.about.get("preset")
     if held is None:
@@ -59,21 +81,13 @@ def publish(
             f"preset {held} is not finished, missing: {', '.join(missing)}. "
             "Run it again, or publish what there is with --allow-partial"
         )
-    files: dict[Path, str] = {}
-    for exhibit in done:
-        files |= _published_files(run, exhibit, ledger, checkout)
-    for exhibit, path in exhibits_in(checkout.exhibits / held).items():
-        if exhibit in done:
-            path.unlink()  # its notebook may have been renumbered since
-    for path, text in files.items():
-        write_text(path, text)
-    _record_batch(checkout.results / held / "batch.json", ledger, done)
-    write_pages(checkout)
-    return done
+    return ledger, done
 
 
 def write_pages(checkout: Checkout = HERE) -> None:
-    """Write book/exhibits/, book/_generated/ and the README's table anew from what is published."""
+    """Write book/exhibits/, book/_generated/ and the README's table anew from what is published. ValueError, before
+    pages are made, where they cannot be written."""
+    _check_pages(checkout)
     batches = _batches(checkout)
     figures: dict[str, bytes] = {}
     texts: dict[Path, str] = {}
@@ -98,13 +112,26 @@ def write_pages(checkout: Checkout = HERE) -> None:
     _write_readme(checkout.root / "README.md", _runs_table(batches, checkout))
 
 
+def _check_pages(checkout: Checkout) -> None:
+    """ValueError unless the files of `write_pages` can be written."""
+    for exhibit in exhibits_in(checkout.notebooks):
+        check_destination(checkout.exhibits / f"{exhibit}.md")
+    check_destination(checkout.book / "_generated" / "status.md")
+    if (readme := checkout.root / "README.md").exists():  # a staged copy has none
+        check_destination(readme)
+
+
 def build(checkout: Checkout = HERE, run: Path | None = None, out: Path | None = None) -> Path:
     """Build the book into <out>/_build/html and return that folder; the checkout itself is left alone.
 
     The pages are those of the published presets, with `run`, finished or not, in place of its preset.
-    Raises ValueError if the build reports a warning or an error.
+    Raises ValueError, before anything is copied, for a run that `publish` refuses and an `out` that cannot be
+    written to; and if the build reports a warning or an error.
     """
+    if run is not None:
+        _finished(run, None, checkout, allow_partial=True)
     out = Path(out or checkout.root).resolve()
+    check_destination(out / "_build" / "html" / "index.html")
     staged = stage(checkout, out / "_build" / "checkout")
     if run is not None:
         publish(run, None, staged, allow_partial=True)

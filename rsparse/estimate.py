@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from kernels.destination import check_destination
 from rsparse.files import write_json
 from rsparse.paths import HERE, Checkout
 from rsparse.presets import Preset, exhibits_in, has_overnight, load, parameters_of
@@ -54,8 +55,8 @@ def project(
     It holds, for the whole and for the overnight subset: per notebook, projected seconds on an A6000 and the peaks
     of memory that the rehearsal measured, in bytes; and the low-rank factors, which are computed once and kept.
     only: exhibits to project anew; the others, and the factors, stay as the file has them.
-    Raises ValueError where a notebook of the preset was not rehearsed in one go, the rehearsal's GPU is unknown, and
-    for `only` where the preset has no such exhibit, or there is no file yet.
+    Raises ValueError where a notebook of the preset was not rehearsed in one go, the rehearsal's GPU is unknown, or the
+    file cannot be written; and for `only` where the preset has no such exhibit, or there is no file yet.
     """
     folder = (run or checkout.run_folder(rehearsal)) / "results"
     variants = {"whole": load(preset, checkout)}
@@ -66,6 +67,7 @@ def project(
         raise ValueError(f"only {', '.join(unknown)}; expected some of {', '.join(whole.parameters)}")
     if only and not target.exists():
         raise ValueError(f"{preset} has no estimate yet; expected one of all of its exhibits first, without only")
+    check_destination(target)
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in only or whole.parameters}
     defaults = {exhibit: parameters_of(path) for exhibit, path in exhibits_in(checkout.notebooks).items()}
     shape = load(rehearsal, checkout).parameters[next(iter(rehearsed))]["checkpoint"].removeprefix("random:")

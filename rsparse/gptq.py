@@ -92,7 +92,8 @@ def quantize(model: nn.Module, ids: Tensor) -> dict[str, Quantized]:
         device = twin.get_input_embeddings().weight.device
         for sample in tqdm(ids.split(1), desc="GPTQ, inputs", leave=False):
             twin(sample.to(device))
-        twin = convert(twin)
+        with _showing(twin.model.layers):
+            twin = convert(twin)
     return {x.name: from_gptq(x.module.qweight.cpu(), x.module.scales.cpu()) for x in decoder_linears(twin)}
 
 
@@ -119,6 +120,23 @@ def _twin(model: nn.Module) -> nn.Module:
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(model.device)
     return twin.eval()
+
+
+@contextmanager
+def _showing(blocks: nn.ModuleList) -> Iterator[None]:
+    """Inside, a bar shows which of the blocks is run: the library takes minutes for a 7B model, and says nothing."""
+    with tqdm(total=len(blocks), desc="GPTQ, blocks", leave=False) as bar:
+
+        def at(index: int) -> None:
+            bar.update(index - bar.n)
+
+        handles = [x.register_forward_pre_hook(lambda *_, i=i: at(i)) for i, x in enumerate(blocks)]
+        try:
+            yield
+            at(len(blocks))
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager

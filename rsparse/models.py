@@ -6,9 +6,12 @@ weights at the shape of a published model: for rehearsals and speed, never for q
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +35,8 @@ SITES = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "attn_out"} | {
     "down": "mlp_hidden",
 }
 """Which activation a linear reads; linears of one block and site share it. Names as in TEAL's histograms."""
+EXPECTED = "tiny, a folder, a hub id (owner/name) or random:SHAPE"
+"""What names a model."""
 ACTIVATION = "act"
 """The kind of a `DecoderActivation`, beside those of the linears in KINDS."""
 SCOPES = {"all": KINDS, "attention": KINDS[:4], "mlp": KINDS[4:]}
@@ -221,7 +226,8 @@ def load_model(
     spread a model that outgrows one GPU over all of them. seed: for random weights.
 
     Raises ValueError, before anything is downloaded or read, for an unknown shape, dtype, a folder without
-    weights, or an architecture that is not supported.
+    weights, a name close to one that is known here, or an architecture that is not supported; and for a hub id whose
+    files the hub does not give.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -231,9 +237,10 @@ def load_model(
         return random_model(shape_config(name.removeprefix("random:")), dtype, device, seed)
     name = check_checkpoint(name)
     place = {"device_map": device_map} if device_map else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **place
-    )
+    with _readable(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **place
+        )
     return (model if device_map else model.to(device)).eval()
 
 
@@ -288,7 +295,8 @@ def load_tokenizer(name: str):
     """The tokenizer of the model called `name`; random weights, which know no text, borrow the tiny
     model's."""
     folder = str(TINY) if name.startswith("random:") else check_checkpoint(name)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with _readable(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def shape_config(shape: str, **changes: Any):
@@ -316,10 +324,34 @@ def check_checkpoint(name: str) -> str:
         name = str(folder)
     elif name.count("/") > 1 or name.startswith((".", "~", "/")) or not name:
         raise ValueError(f"model {name!r} is neither an existing folder, nor a hub id, nor random:SHAPE")
-    family = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+    else:
+        _check_spelling(name)
+    with _readable(name):
+        family = PretrainedConfig.get_config_dict(name)[0].get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"checkpoint {name!r} is of type {family!r}; expected {' or '.join(FAMILIES)}")
     return name
+
+
+def _check_spelling(name: str) -> None:
+    """ValueError for a hub id without owner that is close to a name known here: the hub is asked for half a minute."""
+    known = {"tiny": "tiny"} | {x: f"random:{x}" for x in SHAPES} | {f"random:{x}": f"random:{x}" for x in SHAPES}
+    close = [] if "/" in name else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+    if close:
+        raise ValueError(f"model is {name!r}; did you mean {known[close[0]]!r}? Expected {EXPECTED}")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """ValueError for what transformers and the hub raise inside where `name` cannot be loaded. What the system raises,
+    such as for a full disk, stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"model {name!r} cannot be read ({reason}); expected {EXPECTED}") from error
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from kernels.folders import cache_folder, is_writable
+
+__all__ = ["DATA", "HERE", "ROOT", "Checkout", "cache_folder", "is_writable", "stamp"]
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -44,24 +46,6 @@ class Checkout:
 
 
 HERE = Checkout(ROOT)
-
-
-def cache_folder() -> Path:
-    """Where low-rank factors, and rows that cannot go into the checkout, are kept: ``$RSPARSE_CACHE``, or
-    ``~/.cache/rsparse``, or a temporary folder where the home folder cannot be written."""
-    if named := os.environ.get("RSPARSE_CACHE"):
-        return Path(named)
-    folder = Path.home() / ".cache" / "rsparse"
-    return folder if is_writable(folder) else Path(tempfile.gettempdir()) / f"rsparse-{os.getuid()}"
-
-
-def is_writable(folder: Path) -> bool:
-    """Whether files can be written into `folder`, which is made where it can be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
 
 
 def stamp(name: str) -> list[tuple[str, int, int]]:

@@ -36,6 +36,11 @@ class LinearReport:
     spread: float = math.nan
     factors: str = ""  # of its low-rank path, where it has one
 
+    @property
+    def touched(self) -> bool:
+        """Whether the method asks anything of it; outside its scope, and in a recipe, linears may stay dense."""
+        return self.sparsity > 0 or bool(self.follows)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -72,8 +77,9 @@ class Report:
 
     @property
     def worst(self) -> LinearReport:
-        """The linear whose realised sparsity is furthest from its planned one."""
-        return max(self.linears, key=lambda x: abs(x.realised - (1 - x.read)))
+        """The linear whose realised sparsity is farthest from its planned one, of those that the method touches."""
+        touched = [x for x in self.linears if x.touched] or self.linears
+        return max(touched, key=lambda x: abs(x.realised - (1 - x.read)))
 
     def table(self) -> pd.DataFrame:
         """One row per linear."""
@@ -87,5 +93,7 @@ class Report:
             return text
         if math.isnan(self.planned):
             return f"{text}: sparsity realised {self.realised:.4f}"
-        worst = self.worst
-        return f"{text}, realised {self.realised:.4f} (worst linear {worst.name}: {worst.realised:.4f})"
+        text, worst, planned = f"{text}, realised {self.realised:.4f}", self.worst, 1 - self.worst.read
+        if abs(worst.realised - planned) < 5e-5:  # all as planned, as far as four digits show
+            return text
+        return f"{text} (farthest from its plan: {worst.name}, {worst.realised:.4f} instead of {planned:.4f})"

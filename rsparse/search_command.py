@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kernels.destination import check_destination
 from rsparse import models, presets, search, texts
 from rsparse.calibrate import Calibration
 from rsparse.evolution import Coordinate, Evolution, RandomSearch
-from rsparse.paths import HERE, Checkout, is_writable
+from rsparse.paths import HERE, Checkout
 from rsparse.recipe import Recipe
 
 EXHIBIT = "table-4"
@@ -35,9 +36,9 @@ def run(
         raise ValueError(f"searcher is {searcher!r}; expected one of {', '.join(SEARCHERS)}")
     values = _values(preset, checkout) | options
     plan = _plan(sparsity, searcher, values)
-    if not is_writable(out.parent):
-        raise ValueError(f"cannot write {out}; choose another place with --out")
+    check_destination(out)
     journal = out.with_name(out.name + ".journal")
+    check_destination(journal)
     if fresh:
         journal.unlink(missing_ok=True)
     model = models.load_model(values["checkpoint"], values["dtype"], values["device"], values["device_map"] or None)

@@ -160,6 +160,11 @@ def test_one_run(small, tmp_path, capsys):
 REFUSED = {
     "method": (["--methods", "magic"], "method is 'magic'; expected one of dense"),
     "its sparsity": (["--methods", "teal@2"], r"expected names, or name@sparsity with a sparsity in \[0, 1\)"),
+    "no knob": (["--methods", "teal,dense@0.5"], "method is 'dense@0.5'; expected dense, which takes no sparsity"),
+    "no knob either": (["--methods", "relufication@0.5"], "expected relufication, which takes no sparsity"),
+    "nothing": (["--methods", "", "--baselines", ""], "methods and baselines are empty; expected at least one"),
+    "twice": (["--methods", "teal,dense,teal@0.50"], "teal,dense,teal@0.50, with teal@0.5 twice; expected each once"),
+    "baseline twice": (["--baselines", "hf-eager,hf-eager"], "with hf-eager twice; expected each once"),
     "baseline": (["--baselines", "vllm"], "baseline is 'vllm'; expected one of hf-eager, hf-static-compiled"),
     "reach": (["--methods", "cats@0.6"], "sparsity 0.6 cannot be reached by cats; expected less than 0."),
     "sparsity": (["--sparsity", "1"], "sparsity is 1.0; expected a number in"),
@@ -190,6 +195,11 @@ def test_what_cannot_be_measured(small, tmp_path, capsys, monkeypatch, more, mes
     said = capsys.readouterr().err
     assert re.search(message, said), said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("methods", [(), ("dense", "relufication"), ("teal@0.25", "teal@0.4", "teal", "cats@0.25")])
+def test_every_other_choice_of_rows(methods):
+    assert Plan("tiny", methods=methods).methods == methods
 
 
 def test_layers_of_a_checkpoint():

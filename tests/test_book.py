@@ -222,6 +222,43 @@ def test_a_run_of_another_preset_or_without_tables_is_refused(checkout):
         book.publish(checkout.run_folder("other"), "other", checkout)
 
 
+@pytest.mark.parametrize("place", ["data/results/other", "book/exhibits/other", "book/_generated"])
+def test_a_checkout_that_cannot_be_written_to_is_refused_before_pages_are_made(checkout, place, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "assemble", lambda *_: pytest.fail("a page was made"))
+    shutil.rmtree(checkout.root / place, ignore_errors=True)
+    (checkout.root / place).parent.mkdir(parents=True, exist_ok=True)
+    (checkout.root / place).touch()
+    before = contents(checkout.root)
+    assert main(["publish", "--preset", "other"], checkout) == 2
+    assert f"{place} is no folder; expected one, for" in capsys.readouterr().err
+    if place == "book/_generated":
+        assert main(["publish"], checkout) == 2
+    assert contents(checkout.root) == before
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    (["publish"], "no permission for FILE\n"), (["build"], "no permission for FILE; --out names another place"),
+    (["estimate", "--preset", "a", "--rehearsal", "b"], "no permission for FILE\n"),
+])  # fmt: skip
+def test_a_missing_permission_is_told_with_the_options_that_there_are(checkout, monkeypatch, capsys, command, said):
+    def deny(*_):
+        raise PermissionError(13, "Permission denied", "FILE")
+
+    for name in ("book.write_pages", "book.build", "estimate.project"):
+        monkeypatch.setattr(f"rsparse.{name}", deny)
+    assert main(command, checkout) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_build_without_its_run_or_place_copies_nothing(checkout, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(book, "stage", lambda *_: pytest.fail("a checkout was copied"))
+    assert main(["build", "--run", "/nope", "--out", str(tmp_path)], checkout) == 2
+    assert "/nope holds no run; make one with" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["build", "--out", str(tmp_path / "file")], checkout) == 2
+    assert "file is no folder; expected one, for" in capsys.readouterr().err
+
+
 def test_a_notebook_that_changed_after_the_run_is_marked(checkout):
     book.publish(checkout.run_folder("other"), "other", checkout)
     assert "{download}`as shown <other/10-first.ipynb>`" in (checkout.exhibits / "first.md").read_text()

@@ -326,6 +326,29 @@ def test_what_cannot_be_generated(build, ids, monkeypatch, asked, message):
         engine.stream(**asked, sampling=Sampling(**drawing))
 
 
+@pytest.mark.parametrize(("at", "where"), [((1, slice(-3, None)), "row 1 of the prompts ends"),
+                                           ((2, slice(0, 2)), "row 2 of the prompts begins")])  # fmt: skip
+def test_padding_shows_without_a_mask_where_it_can(build, ids, at, where):
+    """A padding token that ends or begins texts too, or that every row has, tells nothing."""
+    model, ids = build(), ids.clamp_min(4)
+    ids[at] = model.config.pad_token_id = 0
+    for call in (stream, generate):
+        with pytest.raises(ValueError, match=f"{where} with 0, the padding token; expected prompts of one length"):
+            call(model, ids, 5)
+    model.generation_config.pad_token_id = 3  # has precedence
+    assert generate(model, ids, 2, stop=()).shape == (4, 42)
+    model.generation_config.pad_token_id = None
+    for told in (dict(attention_mask=torch.ones_like(ids)), dict(stop=[0]), dict(ids=ids[at[0]][None])):
+        assert generate(**dict(model=model, ids=ids, max_new_tokens=2) | told).shape[1] > 40
+    for config, name in ((model.generation_config, "eos_token_id"), (model.config, "bos_token_id")):
+        before = getattr(config, name)
+        setattr(config, name, 0)
+        assert generate(model, ids, 2).shape[1] > 40
+        setattr(config, name, before)
+    ids[:, at[1]] = 0
+    assert generate(model, ids, 2, stop=()).shape == (4, 42)
+
+
 def test_what_does_not_fit_the_cache(build, ids):
     engine = Engine(build(), cache_length=64)
     assert engine.generate(ids, 24, stop=()).shape == (4, 64) and engine._steps.cache.length == 64

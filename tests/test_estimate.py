@@ -191,3 +191,7 @@ def test_what_cannot_be_projected_is_refused(rehearsed):
     (folder / "figure-1-3" / "figure-1-3.json").write_text(json.dumps(about))
     (folder / "figure-5" / "figure-5.json").unlink()
     refused("figure-5 of a6000-llama-2-7b was not rehearsed")
+    rehearsed.results.parent.mkdir(exist_ok=True)
+    rehearsed.results.touch()
+    with pytest.raises(ValueError, match="results is no folder; expected one, for .*estimate.json"):
+        project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import small_checkpoint
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import rsparse
 from kernels import packing, reference
@@ -167,6 +174,58 @@ def test_the_library_quantises_block_by_block_and_leaves_the_model(model, ids):
             x.module.weight.data = codes[name].dequantized(torch.float32)
     name = "model.layers.1.self_attn.q_proj"
     check_codes(codes[name], weights[name], moments(inputs_of(model, name, ids)))
+
+
+class FakeLibrary:
+    """Neural Compressor in the little that is called of it: every block is run on each input twice, then rounded to
+    nearest."""
+
+    def __init__(self, fails: bool = False):
+        self.inputs, self.fails, self.twin = [], fails, None
+
+    def GPTQConfig(self, **options):
+        return options
+
+    def prepare(self, twin, config):
+        self.handle = twin.model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: self.inputs.append((args, kwargs)), with_kwargs=True)  # fmt: skip
+        return twin
+
+    def convert(self, twin):
+        self.handle.remove()
+        self.twin = twin
+        for block in twin.model.layers:
+            for args, kwargs in 2 * self.inputs:
+                block(*args, **kwargs)
+            if self.fails:
+                raise RuntimeError("the library failed")
+        for x in models.decoder_linears(twin):
+            stored, holder = to_gptq(nearest(x)), torch.nn.Module()
+            for name, value in stored.items():
+                holder.register_buffer(name, value)
+            x.exchange(holder)
+        return twin
+
+    def installed(self, monkeypatch):
+        for name in ("neural_compressor", "neural_compressor.torch", "neural_compressor.torch.quantization"):
+            module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            monkeypatch.setitem(sys.modules, name, module)
+        for name in ("GPTQConfig", "prepare", "convert"):
+            setattr(module, name, getattr(self, name))
+        return self
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_bar_shows_the_block_that_is_quantised(model, ids, monkeypatch, capsys, fails):
+    library = FakeLibrary(fails).installed(monkeypatch)
+    monkeypatch.setattr(gptq, "tqdm", partial(tqdm, mininterval=0))
+    with pytest.raises(RuntimeError, match="the library failed") if fails else nullcontext():
+        codes = gptq.quantize(model, ids[:2])
+        assert all(codes[x.name].codes.equal(nearest(x).codes) for x in models.decoder_linears(model))
+    seen = re.findall(r"GPTQ, blocks: +\d+%\|[^|]*\| (\d/\d)", capsys.readouterr().err)
+    assert list(dict.fromkeys(seen)) == (["0/2"] if fails else ["0/2", "1/2", "2/2"])
+    assert not any(block._forward_pre_hooks for block in library.twin.model.layers), "hooks stay behind"
 
 
 def test_codes_made_here_are_kept(model, ids, tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from kernels import bench, cpu, inputs, operations, packing, quantized, reference, shapes, triton_gemv, tuning
+from kernels.destination import check_destination
 from kernels.operations import Gemv, Neurons
 from kernels.packing import Segment, pack
 from kernels.triton_gemv import Configuration
+from rsparse.paths import cache_folder
 
 GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
@@ -640,6 +644,25 @@ def test_the_benchmark_says_what_int4_is_compared_with_and_every_option_what_it_
         assert not line.startswith("  -") or "  " in line.strip() or after.startswith(" " * 10), f"{line}: no help"
 
 
+@pytest.mark.parametrize(("place", "reason"), [
+    ("/proc/nowhere/a.json", ""), ("{folder}/" + 300 * "a", "File name too long"),
+    ("{folder}/" + 300 * "a" + "/new/a.json", "File name too long"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_made_is_refused_whoever_asks(place, reason, tmp_path):
+    """To root every folder seems writable, until something is written."""
+    with pytest.raises(ValueError, match=rf"cannot be written: .*{reason}; expected a place for a file"):
+        check_destination(Path(place.format(folder=tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_asking_for_a_place_leaves_nothing_behind(tmp_path):
+    check_destination(tmp_path / "new" / "newer" / "a.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.json").write_text("old")
+    check_destination(tmp_path / "a.json")
+    assert [x.name for x in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     tuning.write_json(tmp_path / "new" / "a.json", {"a": 1})
     with pytest.raises(TypeError):
@@ -711,3 +734,42 @@ def test_candidates_are_distinct_grids(int4):
     assert len(found) == len(set(found)) > 5
     assert [grid.splits for grid in grids] == [x.splits for x in found]
     assert {x.splits for x in found if x.columns == 128} >= ({43, 86} if int4 else {16, 32})
+
+
+@pytest.mark.parametrize("place", ["new", "file/in"])
+def test_a_launch_is_measured_once_wherever_it_can_be_kept(place, tmp_path, monkeypatch, recwarn):
+    """Once for the process where nothing can be written, which is told once."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RSPARSE_CACHE", str(tmp_path / place))
+    monkeypatch.setattr(tuning, "_UNSAVED", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(tuning, "Gemv", lambda *_: None)
+    times = itertools.count(3, -1)
+    measured = []
+
+    def measure(*_):
+        measured.append(next(times) % 5)
+        return SimpleNamespace(p50=measured[-1])
+
+    monkeypatch.setattr(tuning.timing, "measure", measure)
+    packed = pack([Segment(torch.empty(4096, 1024, dtype=torch.bfloat16, device="meta"), 0.5)])
+    for sparsity in (0.5, 0.6):
+        x, count = torch.ones(1, 1024), len(measured)
+        found = [tuning.tune([packed], False, x, sparsity) for _ in range(2)]
+        offered = tuning.candidates(packed)
+        assert len(measured) - count == len(offered) > 1, "the second time it was known"
+        fastest = offered[min(range(len(offered)), key=measured[count:].__getitem__)]
+        assert found == [fastest, fastest]
+    assert len(recwarn) == (place != "new") and (tmp_path / "new" / "kernels.json").exists() == (place == "new")
+
+
+def test_without_a_home_choices_are_kept_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("RSPARSE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    folder = tuning.cache_path().parent
+    assert folder == cache_folder() and folder.parent == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tuning.cache_path() == tmp_path / "home" / ".cache" / "rsparse" / "kernels.json"

@@ -16,12 +16,14 @@ from rsparse.models import (
     check_checkpoint,
     check_model,
     decoder_linears,
+    depth,
     fingerprint,
     load_model,
     load_tokenizer,
     random_model,
     scope_share,
     shape_config,
+    skeleton,
 )
 
 MODELS = {
@@ -154,6 +156,38 @@ def test_what_names_no_model(tmp_path):
         load_model("random:llama-9b")
     with pytest.raises(ValueError, match="dtype is 'int8'; expected one of float64"):
         load_model("random:llama-2-7b", dtype="int8")
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("tinny", "tiny"), ("Tiny", "tiny"), ("Llama-2-7b", "random:llama-2-7b"), ("randm:llama-3-8b", "random:llama-3-8b"),
+])  # fmt: skip
+def test_a_misspelt_name_is_not_asked_of_the_hub(name, meant, monkeypatch):
+    monkeypatch.setattr("rsparse.models.PretrainedConfig.get_config_dict", lambda _: pytest.fail("asked the hub"))
+    for call in (load_model, load_tokenizer, depth, skeleton):
+        with pytest.raises(ValueError, match=f"model is {name!r}; did you mean {meant!r}"):
+            call(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/tinny", "bad:name"])
+def test_what_the_hub_does_not_give_is_named(name):
+    """Offline, as every test."""
+    for call in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=rf"model {name!r} cannot be read \(.+\); expected tiny, a folder"):
+            call(name)
+
+
+def test_a_torn_checkpoint_is_named_and_a_full_disk_is_not_its_fault(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=f"model '{tmp_path}' cannot be read .*; expected tiny, a folder"):
+        load_model(str(tmp_path))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rsparse.models.PretrainedConfig.get_config_dict", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_model("owner/name")
 
 
 def test_models_that_are_not_supported():

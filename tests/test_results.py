@@ -170,6 +170,10 @@ def test_published_tables_stand_below_one_another(tmp_path):
     assert published("exhibit", checkout)["preset"].tolist() == ["a", "b"]
 
 
+def refuse(*_, **__):
+    raise PermissionError
+
+
 def test_a_notebook_opened_by_hand_writes_into_the_checkout_or_where_it_can(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "HERE", Checkout(tmp_path))
     assert interactive_folder("x") == tmp_path / "_runs" / "interactive" / "results" / "x"
@@ -178,6 +182,6 @@ def test_a_notebook_opened_by_hand_writes_into_the_checkout_or_where_it_can(tmp_
     (tmp_path / "a file").touch()
     assert interactive_folder("x") == tmp_path / "cache" / "interactive" / "x"
     monkeypatch.setattr(results, "HERE", Checkout(tmp_path))
-    monkeypatch.setattr(results.os, "access", lambda path, mode: False)
+    monkeypatch.setattr("kernels.folders.tempfile.NamedTemporaryFile", refuse)
     assert Table("x", "p").folder == tmp_path / "cache" / "interactive" / "x"
     assert HERE.root.is_dir()

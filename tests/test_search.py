@@ -229,11 +229,19 @@ def test_killed_at_any_moment_it_ends_with_the_identical_recipe(build, tmp_path,
     (["--searcher", "annealing"], "searcher is 'annealing'; expected one of evolution, random"),
     (["--population", "2"], "population is 2"), (["--step", "0.3"], "step is 0.3"),
     (["--preset", "nothing"], "'nothing'"), (["--sparsity", "1.5"], "sparsity is 1.5"),
+    (["--out", "/"], "/ is a folder; expected a file to write"), (["--out", "."], ". is a folder; expected a file"),
+    (["--out", f"{__file__}/x.json"], "test_search.py is no folder; expected one"),
 ])  # fmt: skip
 def test_what_the_command_refuses_before_it_loads_a_model(tmp_path, monkeypatch, capsys, more, message):
     monkeypatch.setattr("rsparse.models.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert main([*COMMAND, "--out", str(tmp_path / "x.json"), *more]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_cost_that_cannot_be_written_is_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rsparse.models.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["search-cost", "--shape", "llama-2-7b", "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder; expected a file to write" in capsys.readouterr().err
 
 
 def test_what_a_search_costs(monkeypatch, tmp_path):

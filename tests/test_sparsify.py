@@ -15,6 +15,7 @@ from rsparse.apply import REALISED_TOKENS, protocol_of, report_of, tokens_as
 from rsparse.decompose import FactorStore
 from rsparse.linears import SparseLinear
 from rsparse.models import (
+    KINDS,
     decoder_linears,
     load_model,
     load_tokenizer,
@@ -251,6 +252,25 @@ def test_realised_against_planned_on_other_text(build, threshold, method):
     )
     for name in ("asked", "planned", "realised", found.worst.name):
         assert name in str(found)
+
+
+ALL_KEPT = ("griffin", "low-rank", "larosa", "dense")
+TOUCHED = {"cats": {"up", "down"}, "griffin": {"gate", "up", "down"}, "dense": set()}
+
+
+@pytest.mark.parametrize("method", ["teal", "cats", *ALL_KEPT])
+def test_a_report_names_a_linear_only_where_one_left_its_plan(build, ids, method):
+    """None that the method leaves dense, and none of plans that were kept, whatever a rotation costs."""
+    model = build()
+    rsparse.sparsify(model, method, 0.2, calibration=ids[:2])
+    found = rsparse.measure(model, ids[2:])
+    touched = {x.kind for x in found.linears if x.touched}
+    assert touched == TOUCHED.get(method, set(KINDS)) and (found.worst.kind in touched or method == "dense")
+    _, told, named = str(found).partition(" (farthest from its plan: ")
+    assert bool(told) == (method not in ALL_KEPT)
+    if told:
+        worst = found.worst
+        assert named == f"{worst.name}, {worst.realised:.4f} instead of {1 - worst.read:.4f})"
 
 
 def test_measured_sparsity_by_counting(build, ids):

@@ -82,6 +82,7 @@ class Plan:
             for value in chosen:
                 if value not in known:
                     raise ValueError(f"{what} is {value!r}; expected one of {', '.join(known)}")
+        self._check_rows()
         if self.dtype == INT4 and (self.batch > 1 or not self.device.startswith("cuda")):
             raise ValueError(f"batch is {self.batch}, device {self.device!r}; expected 1 and a GPU for {INT4}")
         for name, least in (("new", 2), ("prompt", 1), ("batch", 1), ("repeats", 1), ("layers", 1)):
@@ -92,6 +93,19 @@ class Plan:
         check_rho(self.rho)
         if self.text is not None and not self.random:
             texts.check_text(self.text, "heldout")
+
+    def _check_rows(self) -> None:
+        """ValueError unless there is something to time, each once, with a sparsity where a method takes one."""
+        if not self.methods and not self.baselines:
+            raise ValueError("methods and baselines are empty; expected at least one of either")
+        for asked in self.methods:
+            name, at, _ = asked.partition("@")
+            if at and "sparsity" not in rsparse.METHODS[name].takes:
+                raise ValueError(f"method is {asked!r}; expected {name}, which takes no sparsity")
+        rows = [f"{name}@{sparsity:g}" for name, sparsity in self.asked]
+        for what, names in (("methods", rows), ("baselines", self.baselines)):
+            if twice := next((x for i, x in enumerate(names) if x in names[:i]), None):
+                raise ValueError(f"{what} are {','.join(getattr(self, what))}, with {twice} twice; expected each once")
 
     @property
     def random(self) -> bool:

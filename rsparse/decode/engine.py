@@ -112,7 +112,7 @@ class Engine:
         has met one of `stop` (None: the model's end-of-sequence tokens; (): go on). Finished rows are padded.
 
         ids: LongTensor (batch, length), batch 1..16. generator: of this engine's device, for draws. attention_mask: of
-        a tokenizer, all ones.
+        a tokenizer, all ones; without one, padding shows where some rows begin or end with the padding token.
 
         ValueError, before anything is allocated, for prompts that are empty, padded or no token ids, a batch that is
         too large, a text longer than the cache or than the model's positions, and a generator of another device.
@@ -231,7 +231,8 @@ def check_request(
     stop: Sequence[int] | None = None,
 ) -> None:
     """ValueError unless a cache of `cache_length` positions (None: any) takes the prompts `ids` and `new` tokens of
-    `model`, of which the configs alone are read; and for a mask or stop tokens that `Engine.stream` refuses."""
+    `model`, of which the configs alone are read; and for padding, a mask or stop tokens that `Engine.stream`
+    refuses."""
     check_ids(ids, model, "the prompt")
     batch, length = ids.shape
     if batch > MOST_ROWS:
@@ -243,9 +244,24 @@ def check_request(
         if most is not None and length + new > most:
             raise ValueError(f"a prompt of {length} tokens and {new} new ones need {length + new} positions; "
                              f"expected at most {most}, {what}")  # fmt: skip
-    stop_ids(model.config, getattr(model, "generation_config", None), stop)
-    if attention_mask is not None and not real_positions(attention_mask, batch, length).all():
+    configs = model.config, getattr(model, "generation_config", None)
+    ends = *stop_ids(*configs, stop), *stop_ids(*configs)
+    if attention_mask is None:
+        _check_edges(ids, pad_id(*configs), (*ends, model.config.bos_token_id))
+    elif not real_positions(attention_mask, batch, length).all():
         raise ValueError("attention_mask holds zeros; expected prompts of one length, without padding")
+
+
+def _check_edges(ids: Tensor, pad: int | None, others: Sequence[int | None]) -> None:
+    """ValueError where `pad` stands at an end of some rows and not of all. It tells nothing where it is among `others`,
+    which begin or end texts too."""
+    if pad is None or pad in others or len(ids) == 1:
+        return
+    for edge, where in ((ids[:, 0], "begins"), (ids[:, -1], "ends")):
+        rows = (edge == pad).nonzero().flatten().tolist()
+        if 0 < len(rows) < len(ids):
+            raise ValueError(f"row {rows[0]} of the prompts {where} with {pad}, the padding token; expected prompts of "
+                             "one length, without padding")  # fmt: skip
 
 
 def _ahead(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
