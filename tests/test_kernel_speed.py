@@ -136,6 +136,11 @@ def test_files_are_read_with_their_device_and_the_later_timing_counts(tmp_path):
     assert list(kernel_reading.coverage(found)["timings"]) == [2, 1]
 
 
+def test_a_cpu_is_named_with_its_threads(tmp_path):
+    write(tmp_path, "a.json", timing() | {"device": "cpu"}, device="x86_64 CPU")
+    assert list(kernel_reading.published(tmp_path)["device"]) == ["x86_64 CPU, 1 threads"]
+
+
 def test_no_timings_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no timings"):
         kernel_reading.published(tmp_path)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,12 +46,17 @@ def published(folder: str | Path) -> pd.DataFrame:
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.json"))]
     documents.sort(key=lambda x: x["about"]["date"])
     rows = [
-        row | {"where": row["device"], "device": about["device"], "torch": about["torch"], "date": about["date"][:10]}
+        row | {"where": row["device"], "device": _name(about, row), "torch": about["torch"], "date": about["date"][:10]}
         for about, found in ((x["about"], x["rows"]) for x in documents) for row in found
     ]  # fmt: skip
     if not rows:
         raise ValueError(f"{folder} holds no timings; expected JSON files of python -m kernels.bench")
     return pd.DataFrame(rows).drop_duplicates(SETTING, keep="last", ignore_index=True)
+
+
+def _name(about: dict[str, Any], row: dict[str, Any]) -> str:
+    """Of a device; a CPU's with the threads that were used."""
+    return f"{about['device']}, {about['threads']} threads" if row["device"] == "cpu" else about["device"]
 
 
 def devices(
