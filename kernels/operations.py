@@ -74,20 +74,24 @@ class Gemv(nn.Module):
 
     def prepare(self, most_tokens: int | None = None, configuration=None) -> None:
         """Gather for so many tokens at most from now on, cut up by `configuration`; after the module that this one is
-        `like`, whose memory it takes."""
+        `like`, whose memory it takes. Graphs that were captured before write to memory that is let go."""
         device, int4, like = self.packed.table.device.type, self.packed.scales is not None, self._like[0]
-        self.most_tokens = MOST_TOKENS.get(device, 0) if most_tokens is None else most_tokens
-        if int4:
-            self.most_tokens = min(self.most_tokens, 1 if device == "cuda" else 0)
-        # inductor refuses an operation that mutates a list of nothing
-        self.configuration, self.left, self.work = None, (), (torch.empty(0, device=self.packed.table.device),)
-        if self.takes(1) == "triton":
-            from kernels import triton_gemv
+        most = MOST_TOKENS.get(device, 0) if most_tokens is None else most_tokens
+        self.most_tokens = min(most, 1 if device == "cuda" else 0) if int4 else most
+        self.configuration, self.left = None, ()
+        if self.takes(1) != "triton":
+            # inductor refuses an operation that mutates a list of nothing
+            self.work = (torch.empty(0, device=self.packed.table.device),)
+            return
+        from kernels import triton_gemv
 
-            self.configuration = configuration or triton_gemv.Configuration(packing.COLUMNS if int4 else 64)
-            tokens = max(1, self.most_tokens)
-            made = None if like else triton_gemv.workspace(self.packed, self.configuration, tokens)
-            self.work = like.work if like else (made.partial, made.z, made.flags, made.scratch)
+        self.configuration = configuration or triton_gemv.Configuration(packing.COLUMNS if int4 else 64)
+        self.work = ()  # free before as much is allocated
+        if like is None:
+            made = triton_gemv.workspace(self.packed, self.configuration, max(1, self.most_tokens))
+            self.work = (made.partial, made.z, made.flags, made.scratch)
+        else:
+            self.work = like.work
         if self.next is not None:
             self._leave(self.next)
 

@@ -21,7 +21,7 @@ CALLS = 40
 @dataclass(frozen=True)
 class Times:
     """Quantiles of the seconds of one call. processors: of the time of torch's threads, the share that this process
-    ran: 1 if they wait by spinning and nobody else wants their processors; NaN on a GPU."""
+    ran, see kernels.processors; NaN on a GPU."""
 
     p20: float
     p50: float

@@ -54,9 +54,10 @@ def test_tokens_of_every_style(build, ids, sizes):
     assert len(list(stream(model, ids[:1, :20], 5, stop=()))) == 5
 
 
-def test_in_16_bits(build, ids):
+@pytest.mark.parametrize("asked", [{}, dict(scope="mlp", sparsity=0.3)], ids=["all", "mlp"])
+def test_in_16_bits(build, ids, asked):
     """Masks flip next to a threshold, here as in the evaluation: as near to the exact logits as it is."""
-    model = sparse(build, ids, dict(rho=0.8), "bfloat16")
+    model = sparse(build, ids, dict(rho=0.8) | asked, "bfloat16")
     evaluated, found = (Engine(model, builder=x).logits(ids, 20) for x in (reference, None))
     exact = their_logits(copy.deepcopy(model).double(), ids, 20)
     assert error(found, exact) < 1.3 * error(evaluated, exact)
@@ -117,6 +118,27 @@ def test_a_batch_has_launches_of_its_own(build, ids, monkeypatch):
         assert all(x.takes(rows) == "triton" for x in made)
         assert len({x.work[0].data_ptr() for x in made}) == 4  # still shared
     assert asked == [1] * 4 + [4] * 4 + [1] * 4  # three rows are four's
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors under the interpreter")
+def test_an_interrupted_batch_is_cut_up_again(build, ids, monkeypatch):
+    monkeypatch.setattr(gathering, "_configuration", lambda *_: Configuration(32, 16, 3, 1, True))
+    monkeypatch.setattr(Gemv, "takes", lambda module, tokens: "triton" if tokens <= module.most_tokens else "dense")
+    model = sparse(build, ids, dict(rho=0.8))
+    engine, asked = Engine(model), []
+
+    def interrupted(*_):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return Configuration(32, 16, 2, 1, True)
+
+    monkeypatch.setattr(gathering, "_configuration", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.prepare(2, 20, 1)
+    engine.prepare(2, 20, 1)
+    made = [x for block in engine.decoder.blocks for x in vars(block.step).values()]
+    assert {(x.most_tokens, x.configuration.splits) for x in made} == {(2, 2)} and len(asked) == 2 + 4
 
 
 REASONS = {

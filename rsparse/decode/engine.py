@@ -189,6 +189,8 @@ class Engine:
         """Steps over a cache for so many rows and positions: those of the last text where they will do."""
         cache = self._steps and self._steps.cache
         if cache is None or cache.batch != batch or cache.length < length:
+            if self._steps:
+                self._steps.forget()  # whoever holds them still
             self._steps = cache = None  # free before a larger one is allocated
             if self._gathering:
                 self._gathering.prepare(batch)

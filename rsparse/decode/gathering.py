@@ -32,7 +32,7 @@ TUNED = 0.05
 MOST_ROWS = 16
 """Rows of a batch: more are better served by an engine that fills and empties rows on the way. A GPU gathers for as
 many: where they want nearly every channel together, that takes up to 1.7 times a dense product (H100, eight rows, 50%
-each: data/results/kernels); the plain product of s(x) from a table takes a dozen launches."""
+each: data/results/kernels; on an H200 up to 2.1); the plain product of s(x) from a table takes a dozen launches."""
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -96,20 +96,20 @@ class Gathering:
         rows = 1 << (rows - 1).bit_length()
         if rows == self._rows:
             return
-        self._rows = rows
-        for (*_, shares), alike in self._alike.items():
+        self._rows = 0  # until all is done: whoever is interrupted begins again
+        for (*_, single, shares), alike in self._alike.items():
             first = alike[0]
-            if first.takes(1) == "triton" and first.packed.scales is None:
+            if first.takes(1) == "triton" and not single:
                 chosen = _configuration(first.packed, first.gated, shares, first.norm, rows)
                 for one in alike:
                     one.prepare(rows, chosen)
+        self._rows = rows
 
     def _product(self, linears: Sequence[nn.Module], norm: nn.Module | None, as_hung: nn.Module) -> tuple:
         """Of linears that read one x, for the prompt and for a token; with a norm in front, or added to the residual
         stream. Dense linears alone stay one dense product, unless they are words."""
         if not any(isinstance(x, Masked) or _words(x) for x in linears):
-            fused = Normed(Norm(*_front(norm)), Fused(linears)) if norm is not None else Added(linears[0])
-            return fused, fused
+            return _normed(norm, Fused(linears)) if norm is not None else (Added(linears[0]),) * 2
         return as_hung, self._gemv(linears, norm, as_hung)
 
     def _mlp(self, mlp: nn.Module, norm: nn.Module, as_hung: Projections) -> tuple[tuple, tuple]:
@@ -121,18 +121,17 @@ class Gathering:
         if isinstance(down, PromptedLinear):  # GRIFFIN
             chosen = torch.arange(down.split.kept, dtype=torch.int32, device=down.weight.device)
             token = Neurons(as_rows(gate), as_rows(up), chosen=chosen, norm=_front(norm))
-            fewer = OneRow(token, as_hung.gated), OneRow(self._of_zeros(down), as_hung.down)
+            fewer = OneRow(token, as_hung.gated), OneRow(self._of_zeros(down, single=True), as_hung.down)
             return (as_hung.gated, fewer[0]), (Choosing(down, chosen), fewer[1])
         if not any(isinstance(x, Masked) or _words(x) for x in (gate, up)):
-            gated = Normed(Norm(*_front(norm)), FusedGate(gate, up, act))
-            return (gated, gated), self._product([down], None, as_hung.down)
+            return _normed(norm, FusedGate(gate, up, act)), self._product([down], None, as_hung.down)
         token = self._gemv([gate, up], norm, as_hung.gated, gated=True)
         return (as_hung.gated, token), self._product([down], None, as_hung.down)
 
-    def _of_zeros(self, down: nn.Module) -> Gemv:
+    def _of_zeros(self, down: nn.Module, single: bool = False) -> Gemv:
         """Reads the columns of the neurons that are not 0."""
         segment = Segment(down.weight, 0.0, bias=down.bias)
-        return self._packed([down], [segment], [down.weight.shape[1] / 2], None, False)
+        return self._packed([down], [segment], [down.weight.shape[1] / 2], None, False, single)
 
     def _gemv(self, linears: Sequence[nn.Module], norm: nn.Module | None, as_hung: nn.Module, gated: bool = False):
         """The kernel; of words, which it takes for one token alone, beside the modules as they hang."""
@@ -140,13 +139,15 @@ class Gathering:
         made = self._packed(linears, [_segment(x) for x in linears], kept, norm, gated)
         return made if made.packed.scales is None else OneRow(made, as_hung)
 
-    def _packed(self, linears, segments: Sequence[Segment], kept: Sequence[float], norm, gated: bool) -> Gemv:
-        """kept: channels that each linear is expected to read."""
+    def _packed(self, linears, segments: Sequence[Segment], kept: Sequence[float], norm, gated: bool,
+                single: bool = False) -> Gemv:  # fmt: skip
+        """kept: channels that each linear is expected to read. single: never asked for several rows."""
         packed = packing.pack(segments)
         view_of(packed, linears)
         shares = tuple(round(x / packed.channels / TUNED) * TUNED for x in kept)
         words = packed.scales is not None
-        key = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, words, gated, norm is None, shares
+        kind = packed.widths, packed.channels, packed.B.shape[1], packed.dtype, words, gated, norm is None
+        key = *kind, single or words, shares
         alike = self._alike.setdefault(key, [])
         first = alike[0] if alike else None
         front, after = (norm and _front(norm)), (self._stream if norm is not None else None)
@@ -156,9 +157,14 @@ class Gathering:
         return alike[-1]
 
 
+def _normed(norm: nn.Module, product: nn.Module) -> tuple[Normed, Normed]:
+    """A dense product behind a norm: of a prompt, and of a token."""
+    return Normed(norm, product), Normed(Norm(*_front(norm)), product)
+
+
 class Norm(nn.Module):
-    """An RMS norm in one launch, in front of products that stay dense: Hugging Face's takes six, which the dense engine
-    has compiled away."""
+    """An RMS norm in one launch, in front of a token's products that stay dense: Hugging Face's takes six, which the
+    dense engine has compiled away. In 16 bit it rounds once, where theirs rounds before the weight as well."""
 
     def __init__(self, weight: Tensor, eps: float):
         super().__init__()

@@ -37,7 +37,7 @@ Builder = Callable[[nn.Module], tuple[Projections, Projections]]
 
 
 class Normed(nn.Module):
-    """A product of norm(x): of Hugging Face's own norm, which is taken in float32 whatever the dtype."""
+    """A product of norm(x). Hugging Face's own norm is taken in float32 whatever the dtype."""
 
     def __init__(self, norm: nn.Module, product: nn.Module):
         super().__init__()

@@ -44,6 +44,10 @@ class Steps:
             self(self.tokens, position)
         self.cache.filled = 0
 
+    def forget(self) -> None:
+        """Capture anew whatever is asked for next: launches are about to be cut up otherwise."""
+        self._captured.clear()
+
     def span(self, position: int) -> int:
         """Positions of the chunks up to that of `position`."""
         return (position // self.cache.chunk + 1) * self.cache.chunk
