@@ -5,7 +5,8 @@ words; note, thresholds that are ours; shown, what the numbers beside it are; mo
 and, for display, ours and paper (expressions of rsparse.predicates), unit; weights "any" where random weights
 measure it as well (speed); analogues "none" where another model says nothing about it; dense_check, the dense row
 that must match the paper's first; headline, shown on the landing page. kind "control" is a check of ours, not a
-paper's claim. Which device was timed is said by the rows, so no claim names one.
+paper's claim. Which devices were timed is said by the rows; a claim names devices only where it speaks of no other
+(an hour of search on an A6000).
 
 Verdicts. On a model that the claim speaks of: reproduced, not reproduced. On another one: analogue holds,
 analogue does not hold. Controls: control passed, control failed. Not measured: the tables lack what the
@@ -93,7 +94,8 @@ class Verdict:
     """What one preset says of one claim.
 
     `ours` and `paper` (model -> value) are fractions or plain numbers; `difference` is ours - paper on the
-    same model, NaN elsewhere; `devices`: those that the rows behind `ours` were timed on, if they are timings.
+    same model, NaN elsewhere; `devices`: those that the rows behind `ours` were timed on, if they are timings;
+    `shown_on`: those of the row that `ours` is, where it is the smallest or largest of them.
     """
 
     claim: Claim
@@ -104,6 +106,7 @@ class Verdict:
     paper: Mapping[str, float] = field(default_factory=dict)
     difference: float = math.nan
     devices: tuple[str, ...] = ()
+    shown_on: tuple[str, ...] = ()
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, and eight times as fast where libyaml is
@@ -259,7 +262,7 @@ def judge(claim: Claim, preset: str, found: Mapping[str, pd.DataFrame], known: C
     gap = ours.value - paper_values[model] if ours and model in paper_values else math.nan
     words = _WORDS["control" if claim.kind == "control" else relation]
     word = words.get(outcome.state, NOT_MEASURED if outcome.state == predicates.MISSING else UNDECIDED)
-    return Verdict(claim, preset, word, outcome.reason, ours, paper_values, gap, _devices(claim, context))
+    return Verdict(claim, preset, word, outcome.reason, ours, paper_values, gap, **_timed(claim, context))
 
 
 def _random(table: pd.DataFrame) -> bool:
@@ -285,15 +288,24 @@ def _ours(claim: Claim, context: Context) -> Estimate | None:
         return None
 
 
-def _devices(claim: Claim, context: Context) -> tuple[str, ...]:
-    found: set[str] = set()
+def _timed(claim: Claim, context: Context) -> dict[str, tuple[str, ...]]:
+    """`devices` and `shown_on` of a verdict."""
+    every: set[str] = set()
+    shown: set[str] = set()
     for node in predicates.selections(claim.ours or claim.predicate):
         try:
             rows = predicates.select(node, context)
         except (NotMeasured, predicates.Ambiguous):
             continue
-        found |= set(rows["device"].dropna()) if "device" in rows else set()
-    return tuple(sorted(found))
+        if "device" in rows:
+            every |= set(rows["device"].dropna())
+            shown |= set(_shown(rows, node.get("reduce", "mean"))["device"].dropna())
+    return {"devices": tuple(sorted(every)), "shown_on": tuple(sorted(shown))}
+
+
+def _shown(rows: pd.DataFrame, how: str) -> pd.DataFrame:
+    """Of the rows behind a smallest or largest number, the one that it is; else all."""
+    return rows[rows["value"] == rows["value"].agg(how)] if how in ("min", "max") else rows
 
 
 def scorecard_markdown(read: Judged) -> str:
@@ -337,7 +349,11 @@ def _who(row: Verdict) -> str:
 
 
 def _timed_on(row: Verdict) -> str:
-    return f"timed on {' and '.join(row.devices)}" if row.devices else ""
+    """Where a smallest or largest number is shown, whose it is, too: the others' devices gave other numbers."""
+    if not row.devices:
+        return ""
+    own = f", the number shown on {' and '.join(row.shown_on)}" if row.shown_on != row.devices else ""
+    return f"timed on {' and '.join(row.devices)}{own}"
 
 
 def _notes(claims: list[Claim]) -> list[str]:

@@ -20,6 +20,8 @@ A *predicate* is true, false, undecided, or not measured:
     {left: x, is: matches, right: y, stderrs: 2}    |x - y| at most that many of our standard errors
     {all: [...]}  {any: [...]}  {first: [...]}      first: the first that is measured
     {share: {by: [layer, linear], at_least: 0.9, of: predicate}}
+    needs: {of: predicate, or: why}                 beside any of these: undecided, for the reason `or`, unless what
+                                                    it needs holds or is not measured
 
 Why undecided: a comparison holds when its whole interval lies beyond the threshold, fails when the whole
 interval lies on the other side, and says nothing when the interval straddles it. A measured value without an
@@ -163,9 +165,12 @@ def select(node: Node, context: Context) -> pd.DataFrame:
 
 
 def selections(node: Node) -> Iterator[Node]:
-    """The selections of rows that an expression or a predicate is made of."""
+    """The selections of rows that an expression or a predicate is made of; those in a share over all its parts."""
     if isinstance(node, Mapping) and "rows" in node:
         yield node
+    elif isinstance(node, Mapping) and "share" in node:
+        by = node["share"]["by"]
+        yield from ({**part, "over": [*part.get("over", ()), *by]} for part in selections(node["share"]["of"]))
     elif isinstance(node, Mapping | list):
         for part in node.values() if isinstance(node, Mapping) else node:
             yield from selections(part)
@@ -294,6 +299,15 @@ def _log(x: Estimate) -> Estimate:
 
 
 def _decide(node: Node, context: Context) -> Outcome:
+    outcome = _alone(node, context)
+    if "needs" in node and outcome.state != MISSING:
+        if decide(node["needs"]["of"], context).state not in (HOLDS, MISSING):
+            return Outcome(UNDECIDED, node["needs"]["or"])
+    return outcome
+
+
+def _alone(node: Node, context: Context) -> Outcome:
+    """What a predicate says by itself, whatever it needs."""
     if "left" in node:
         return _compare(node, context)
     if "share" in node:

@@ -317,6 +317,8 @@ def test_what_a_search_costs_in_words(tmp_path):
     ("NVIDIA H100 80GB HBM3", (0.1, 0.4), "not measured", "control passed"),
     ("NVIDIA H100 80GB HBM3", (0.4, 2.0), "not measured", "undecided"),
     ("NVIDIA H100 80GB HBM3", (1.2, 6.0), "not measured", "control failed"),
+    ("NVIDIA H200", (0.1, 0.4), "not measured", "control passed"),
+    ("Tesla T4", (1.2, 6.0), "not measured", "not measured"),
     ("NVIDIA RTX A6000", (0.1, 0.9), "analogue holds", "not measured"),
     ("NVIDIA RTX A6000", (0.4, 2.5), "undecided", "not measured"),
     ("NVIDIA RTX A6000", (1.6, 9.0), "analogue does not hold", "not measured"),
@@ -331,3 +333,13 @@ def test_an_hour_on_an_a6000_is_judged_on_an_a6000_alone(tmp_path, device, hours
     other = found["search-hour-on-faster-gpus", "h200"]
     assert other.verdict == elsewhere and other.devices == (() if elsewhere == "not measured" else (device,))
     assert "95%" not in other.reason + found["search-one-hour", "h200"].reason, "a range is no interval"
+
+
+def test_an_hour_elsewhere_is_judged_device_by_device(tmp_path):
+    for device, high in (("NVIDIA H200", 0.4), ("NVIDIA H100 80GB HBM3", 1.1), ("Tesla T4", 9.0)):
+        cost = estimate.search_costs()[0] | {"device": device, "hours_in_total": 0.1, "hours_per_group": high}
+        write_json(tmp_path / estimate.SEARCH_COSTS / f"{high}.json", cost)
+    (found,) = [x for x in claims.evaluate(tmp_path) if x.claim.id == "search-hour-on-faster-gpus"]
+    assert (found.verdict, found.reason) == ("undecided", "holds for 1 of 2"), "a mean over both would pass"
+    assert found.ours.value == 1.1 and found.shown_on == ("NVIDIA H100 80GB HBM3",)
+    assert found.devices == ("NVIDIA H100 80GB HBM3", "NVIDIA H200")

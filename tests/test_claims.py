@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from kernels.processors import OWN
 from rsparse import claims
-from rsparse.predicates import Context, NotMeasured, decide, estimate
+from rsparse.predicates import Context, NotMeasured, Outcome, decide, estimate
 
 BASE = dict(method="r-sparse", sparsity=0.5, score="magnitude", rho=0.95, tokens="scored", task="average-4",
             metric="diff_acc", against="teal", seed=0, stderr=0.004, n=400)
@@ -133,7 +134,9 @@ def test_random_weights_measure_speed_only(tmp_path):
 
 
 GAIN = dict(method="r-sparse", against="dense", baseline="hf-eager", dtype="float32", sparsity=0.5, prompt=2048,
-            batch=1, layers=0, metric="speed_gain", task="generation", device="NVIDIA RTX A6000")  # fmt: skip
+            batch=1, layers=0, metric="speed_gain", task="generation", device="NVIDIA RTX A6000", shape="llama-2-7b",
+            linears="kernels: triton", new=2048)  # fmt: skip
+LENGTHS = (128, 256, 512, 1024, 2048)
 
 
 @pytest.mark.parametrize(("preset", "gain", "largest", "every"), [
@@ -143,24 +146,91 @@ GAIN = dict(method="r-sparse", against="dense", baseline="hf-eager", dtype="floa
     ("a6000-mistral-7b", 0.365, "analogue does not hold", "analogue holds"),  # nothing is printed: Llama-2-7B's
 ])  # fmt: skip
 def test_a_gain_is_held_against_that_of_its_model(tmp_path, preset, gain, largest, every):
-    lengths = [128, 256, 512, 1024, 2048]
-    write(tmp_path, preset, "figure-6", pd.DataFrame([GAIN | {"generation": x, "value": gain} for x in lengths]))
+    write(tmp_path, preset, "figure-6", pd.DataFrame([GAIN | {"generation": x, "value": gain} for x in LENGTHS]))
     found = verdict(tmp_path, "generation-gain", preset)
     assert (found.verdict, found.devices) == (largest, ("NVIDIA RTX A6000",))
     assert "timed on NVIDIA RTX A6000" in claims.scorecard_markdown(claims.judged(tmp_path))
     assert verdict(tmp_path, "generation-gain-at-every-length", preset).verdict == every
-    write(tmp_path, preset, "figure-6", pd.DataFrame([GAIN | {"generation": x, "value": 0.5} for x in lengths[:-1]]))
+    write(tmp_path, preset, "figure-6", pd.DataFrame([GAIN | {"generation": x, "value": 0.5} for x in LENGTHS[:-1]]))
     assert verdict(tmp_path, "generation-gain-at-every-length", preset).verdict == "not measured"
 
 
+@pytest.mark.parametrize("elsewhere", [{"device": "other"}, {"shape": "other"}, {"new": 1024}])
+def test_lengths_of_two_settings_are_not_every_length_of_one(tmp_path, elsewhere):
+    rows = [GAIN | {"generation": x, "value": 0.5} for x in LENGTHS[:-1]]
+    last = GAIN | {"generation": 2048, "value": 0.5}
+    name, preset = "generation-gain-at-every-length", "a6000-llama-2-7b"
+    write(tmp_path, preset, "figure-6", pd.DataFrame([*rows, last | elsewhere]))
+    assert verdict(tmp_path, name, preset).verdict == "not measured"
+    write(tmp_path, preset, "figure-6", pd.DataFrame([*rows, last, last | elsewhere | {"value": 0.1}]))
+    found = verdict(tmp_path, name, preset)
+    assert (found.verdict, found.reason) == ("reproduced", "holds for 1 of 1"), "the other one has too few lengths"
+
+
+EAGER = GAIN | {"method": "dense", "name": "hf-eager", "linears": "dense", "against": None, "baseline": None,
+                "metric": "tokens_per_s"}  # fmt: skip
+
+
+def eager(speeds, **changes):
+    return [EAGER | changes | {"generation": x, "value": y} for x, y in zip(LENGTHS, speeds, strict=True)]
+
+
+PEAK = (20, 21, 22, 19, 18)
+
+
 @pytest.mark.parametrize(("speeds", "expected"), [
-    ((20, 22, 18), "reproduced"), ((22, 20, 18), "not reproduced"), ((20, 22, 23), "not reproduced"),
+    (PEAK, "reproduced"), ((22, 21, 20, 19, 18), "not reproduced"), ((20, 21, 22, 19, 23), "not reproduced"),
+    ((20, 23, 22, 19, 18), "not reproduced"), ((20, 21, 22, 23, 18), "not reproduced"),
 ])  # fmt: skip
 def test_the_dense_speed_has_its_peak_in_between(tmp_path, speeds, expected):
-    row = GAIN | {"method": "dense", "name": "hf-eager", "against": None, "baseline": None, "metric": "tokens_per_s"}
-    rows = [row | {"generation": x, "value": value} for x, value in zip((128, 512, 2048), speeds, strict=True)]
+    write(tmp_path, "a6000-llama-2-7b", "figure-6", pd.DataFrame(eager(speeds)))
+    found = verdict(tmp_path, "dense-rises-then-falls", "a6000-llama-2-7b")
+    assert (found.verdict, found.devices) == (expected, ("NVIDIA RTX A6000",))
+
+
+def test_the_peak_is_of_each_setting_and_not_of_their_mean(tmp_path):
+    rows = eager([10 * x for x in PEAK]) + eager((20, 23, 22, 19, 18), device="other")
     write(tmp_path, "a6000-llama-2-7b", "figure-6", pd.DataFrame(rows))
-    assert verdict(tmp_path, "dense-rises-then-falls", "a6000-llama-2-7b").verdict == expected
+    found = verdict(tmp_path, "dense-rises-then-falls", "a6000-llama-2-7b")
+    assert (found.verdict, found.reason) == ("not reproduced", "holds for 1 of 2")
+    assert found.devices == ("NVIDIA RTX A6000", "other")
+    write(tmp_path, "a6000-llama-2-7b", "figure-6", pd.DataFrame([x for x in rows if x["generation"] in (512, 2048)]))
+    assert verdict(tmp_path, "dense-rises-then-falls", "a6000-llama-2-7b").verdict == "not measured"
+
+
+def test_whose_the_largest_number_is_stands_beside_all_that_were_timed(tmp_path):
+    rows = [GAIN | {"generation": 128, "value": 0.3}, GAIN | {"generation": 128, "value": 0.5, "device": "other"}]
+    write(tmp_path, "a6000-llama-2-7b", "figure-6", pd.DataFrame(rows))
+    found = verdict(tmp_path, "generation-gain", "a6000-llama-2-7b")
+    assert (found.devices, found.shown_on) == (("NVIDIA RTX A6000", "other"), ("other",))
+    card = claims.scorecard_markdown(claims.judged(tmp_path))
+    assert "timed on NVIDIA RTX A6000 and other, the number shown on other" in card
+
+
+@pytest.mark.parametrize(("n", "low", "expected"), [
+    (3, 1.01, "control passed"), (3, 0.99, "undecided"), (1, None, "control passed"), (1, 1.02, "control passed"),
+])  # fmt: skip
+def test_layers_timed_once_are_judged_without_a_range(tmp_path, n, low, expected):
+    row = GAIN | dict(baseline="dense", metric="layers_over_dense", value=1.02, where="cuda", n=n, low=low)
+    write(tmp_path, "h200", "figure-6", pd.DataFrame([row | {"high": low and 1.05}]))
+    assert verdict(tmp_path, "layers-are-faster", "h200").verdict == expected
+    write(tmp_path, "h200", "figure-6", pd.DataFrame([row | {"high": low and 1.05}, row | dict(
+        value=0.98, n=1, low=None, device="other")]))  # fmt: skip
+    assert verdict(tmp_path, "layers-are-faster", "h200").verdict == "control failed"
+
+
+@pytest.mark.parametrize(("share", "expected"), [
+    (None, "control passed"), (OWN, "control passed"), (OWN - 0.01, "undecided"),
+])  # fmt: skip
+def test_kernels_on_shared_processors_decide_nothing(tmp_path, share, expected):
+    row = dict(task="gemv", sparsity=0.5, batch=1, inputs="gaussian", outputs=8, channels=8, device="CPU")
+    rows = [row | dict(linear=x, metric="over_torch", value=1.4, stderr=0.01, n=3) for x in ("o", "down")]
+    if share is not None:
+        rows += [row | dict(linear=x, metric="processor_share", value=y) for x, y in (("o", 0.99), ("down", share))]
+    write(tmp_path, "tiny", "kernels", pd.DataFrame(rows))
+    found = verdict(tmp_path, "bytes-become-time", "tiny")
+    assert found.verdict == expected
+    assert found.reason == ("the machine was shared" if expected == "undecided" else "")
 
 
 def test_tasks_and_budgets_that_the_paper_prints_have_verdicts(tmp_path):
@@ -343,6 +413,19 @@ def test_combinations():
     assert of("any", "down", "down") == "fails"
     assert of("first", "none", "down", "up") == "fails"
     assert of("first", "none", "none") == "missing"
+
+
+def test_what_a_predicate_needs():
+    frame = table(dict(method="up", value=0.1, low=0.05, high=0.15), dict(method="down", value=-0.1, low=-0.2,
+                  high=-0.05), dict(method="flat", value=0.0, low=-0.1, high=0.1))
+    state = {name: compare({"rows": {"method": name}}, ">", 0) for name in ("up", "down", "flat", "none")}
+
+    def of(name, needed):
+        return decide(state[name] | {"needs": {"of": state[needed], "or": "why"}}, context(frame))
+
+    assert of("up", "up").state == of("up", "none").state == "holds"
+    assert of("down", "up").state == "fails" and of("none", "down").state == "missing"
+    assert {of(name, needed) for name in ("up", "down") for needed in ("down", "flat")} == {Outcome("undecided", "why")}
 
 
 # ---- the file

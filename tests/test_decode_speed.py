@@ -81,6 +81,8 @@ def test_ratios_are_to_every_baseline_of_the_document_and_come_back_as_numbers()
     (layers,) = own[own["metric"] == "layers_over_dense"].to_dict("records")
     assert layers["value"] == pytest.approx(1.6)
     assert layers["low"] == pytest.approx((0.018 - 0.002) / (0.01375 - 0.00125)), "the head is not what varies"
+    once = decode_rows.table_rows(decode_rows.flat(WHOLE | {"repeats": 1}), 0)
+    assert not any("low" in x for x in once), "a single repeat has no range"
     wide = decode_rows.wide(rows)
     assert list(wide["name"]) == [*STEPS, "teal", "r-sparse", "r-sparse"]
     pd.testing.assert_series_equal(wide["tokens_per_s.128"], frame(WHOLE)["tokens_per_s.128"])
@@ -337,6 +339,23 @@ def test_published_timings_decide_claims(folder, tmp_path):
     assert layers.verdict == "control passed" and layers.reason.startswith("holds for ")
     card = claims.scorecard_markdown(claims.judged(tmp_path / "results"))
     assert layers.devices and f"timed on {' and '.join(layers.devices)}" in card and "machine that ran" not in card
+
+
+@pytest.mark.parametrize(("at_256", "expected"), [(23, "analogue holds"), (26, "analogue does not hold")])
+def test_published_speeds_of_eager_code_are_judged_length_by_length(tmp_path, at_256, expected):
+    speeds = {"128": 22, "256": at_256, "512": 25, "1024": 24, "2048": 23}
+    (tmp_path / "decode").mkdir()
+    timed = document(row("hf-eager", tokens_per_s=speeds), row("r-sparse", 0.0125, 0.5))
+    short = document(row("hf-eager", tokens_per_s={"200": 20}), prompt=5, new=200)
+    for name, content in (("a", timed), ("b", short)):
+        (tmp_path / "decode" / f"{name}.json").write_text(json.dumps(content))
+    table = Table("figure-6", "h200", tmp_path / "results" / "h200")
+    decode_speed.take(table, tmp_path / "decode")
+    rows = table.finish(0, {})
+    own = rows[rows["metric"] == "tokens_per_s"]
+    assert set(own["name"]) == {"hf-eager"} and sorted(own["generation"]) == [128, 200, 256, 512, 1024, 2048]
+    (found,) = [x for x in claims.evaluate(tmp_path / "results") if x.claim.id == "dense-rises-then-falls"]
+    assert (found.verdict, found.devices) == (expected, (H100,))
 
 
 def test_a_baseline_of_another_file_counts_and_another_setting_does_not(tmp_path):

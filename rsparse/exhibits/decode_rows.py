@@ -80,6 +80,12 @@ def table_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]
     return [tidy for row in rows for tidy in _numbers(row, seed)] + ratio_rows(rows, seed)
 
 
+def eager_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """A tidy row per length of the tokens per second of Hugging Face's eager code, the paper's dense baseline."""
+    found = [tidy for row in rows if row["name"] == "hf-eager" for tidy in _numbers(row, seed)]
+    return [x for x in found if x["metric"] == "tokens_per_s" and not math.isnan(x["value"])]
+
+
 def ratio_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """A tidy row per ratio of a method's speed to a baseline in the same setting."""
     return [tidy for row in rows if row["name"] not in BASELINES and is_speed(row)
@@ -113,7 +119,7 @@ def _numbers(row: dict[str, Any], seed: int) -> list[dict[str, Any]]:
 
 def _ratios(row: dict[str, Any], rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """speedup and speed_gain (speedup - 1) by length over every baseline; layers_over_dense, with the range over
-    repeats for an interval."""
+    repeats for an interval where both were timed several times, and n the fewer of their repeats."""
     found = []
     for other in rows:
         if other["name"] not in BASELINES:
@@ -126,9 +132,15 @@ def _ratios(row: dict[str, Any], rows: Sequence[dict[str, Any]], seed: int) -> l
                 found += [base | at | {"metric": "speedup", "value": ratio},
                           base | at | {"metric": "speed_gain", "value": ratio - 1}]  # fmt: skip
         if other["name"] == "dense" and not math.isnan(layers_s(row) + layers_s(other)):
-            found.append(base | {"metric": "layers_over_dense", "value": layers_s(other) / layers_s(row)}
-                         | dict(zip(("low", "high"), layers_range(row, other), strict=True)))  # fmt: skip
+            found.append(base | {"metric": "layers_over_dense"} | _layers(row, other))
     return found
+
+
+def _layers(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    """Without low and high where a single repeat would make them a range of no width."""
+    n = min(row["repeats"], dense["repeats"])
+    ends = dict(zip(("low", "high"), layers_range(row, dense), strict=True)) if n > 1 else {}
+    return {"value": layers_s(dense) / layers_s(row), "n": n} | ends
 
 
 def layers_range(row: dict[str, Any] | pd.Series, dense: dict[str, Any] | pd.Series) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rsparse.bench_decode import measure as bench
 from rsparse.bench_decode.measure import Plan
-from rsparse.exhibits.decode_rows import flat, published, ratio_rows, table_rows
+from rsparse.exhibits.decode_rows import eager_rows, flat, published, ratio_rows, table_rows
 from rsparse.paths import ROOT
 from rsparse.provenance import device_name
 from rsparse.results import Table
@@ -40,12 +40,14 @@ def measure(table: Table, plan: Plan) -> None:
 
 
 def take(table: Table, folder: str | Path, seed: int = 0) -> None:
-    """The ratios of what `python -m rsparse bench-decode` left below `folder` (relative to the checkout) as rows too:
-    for a preset that stands for the machines on which these were timed, and whose claims are judged by them."""
+    """The ratios of what `python -m rsparse bench-decode` left below `folder` (relative to the checkout) as rows too,
+    and the speeds of the paper's baseline: for a preset that stands for the machines on which these were timed, and
+    whose claims are judged by them."""
     content = b"".join(path.read_bytes() for path in sorted((ROOT / folder).rglob("*.json")))
     key = {"what": "decode, published", "sha256": hashlib.sha256(content).hexdigest(), "seed": seed}
     if table.find(key) is None:
-        table.add(key, ratio_rows(published(folder).to_dict("records"), seed))
+        rows = published(folder).to_dict("records")
+        table.add(key, ratio_rows(rows, seed) + eager_rows(rows, seed))
 
 
 def _plain(plan: Plan) -> dict:
