@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from itertools import takewhile
+from contextlib import suppress
 from pathlib import Path
 
 
 def check_destination(path: Path) -> None:
     """ValueError unless a file can be made or replaced at `path`.
 
-    It is tried, with a temporary file beside it: permissions do not tell it to root, nor on every file system. Nothing
-    is left behind, no folder either.
+    It is tried, with a temporary file: permissions do not tell it to root, nor on every file system. That file lies in
+    the innermost folder that is there. None is made for it, as one that is removed afterwards may be what another
+    process has just found; of what is not there yet, the names are looked up, which tells those that are too long.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is {'a folder' if os.path.isdir(path) else 'no file'}; expected a file to write")
@@ -22,20 +21,9 @@ def check_destination(path: Path) -> None:
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is no folder; expected one, for {path}")
     try:
-        with _made(path.absolute().parent) as folder:
-            tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.").close()
+        for name in path.absolute().relative_to(folder).parts:
+            with suppress(FileNotFoundError):
+                os.lstat(folder / name)
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".rsparse-").close()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}; expected a place for a file") from None
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[Path]:
-    """Inside, `folder` is there; what was made for it goes again."""
-    missing = list(takewhile(lambda x: not os.path.lexists(x), (folder, *folder.parents)))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    finally:
-        for x in missing:
-            with suppress(OSError):  # was not made, or is no longer empty
-                x.rmdir()

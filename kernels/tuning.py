@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kernels import timing
-from kernels.folders import cache_folder
+from kernels.folders import cache_folder, cache_folders
 from kernels.operations import Gemv
 from kernels.packing import Packed
 
@@ -29,6 +30,8 @@ KINDS = {
 SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
 PROGRAMS = (512, 8192)
 """Of a launch: fewer leave processors idle, more have too little to do for what their sums cost."""
+FILE = "kernels.json"
+"""In a cache folder: a configuration under each key."""
 _UNSAVED: dict[str, dict] = {}
 """Choices of this process that could not be kept on disk."""
 
@@ -55,8 +58,8 @@ def candidates(packed: Packed, tokens: int = 1) -> list:
 
 
 def cache_path() -> Path:
-    """Where choices are kept, see `cache_folder`."""
-    return cache_folder() / "kernels.json"
+    """Where choices are written, see `cache_folder`."""
+    return cache_folder() / FILE
 
 
 def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: float,
@@ -119,10 +122,13 @@ def _kernels() -> str:
 
 
 def _read() -> dict[str, dict]:
-    try:
-        return json.loads(cache_path().read_text(encoding="utf-8")) | _UNSAVED
-    except (OSError, json.JSONDecodeError):
-        return dict(_UNSAVED)
+    """All that is known, the preferred folder before others; a file that holds no choices counts as empty."""
+    known: dict[str, dict] = {}
+    for folder in reversed(cache_folders()):
+        with suppress(OSError, ValueError):  # no JSON, no UTF-8
+            found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            known |= found if isinstance(found, dict) else {}
+    return known | _UNSAVED
 
 
 def _keep(key: str, choice: dict) -> dict[str, dict]:

@@ -54,9 +54,10 @@ def project(
 
     It holds, for the whole and for the overnight subset: per notebook, projected seconds on an A6000 and the peaks
     of memory that the rehearsal measured, in bytes; and the low-rank factors, which are computed once and kept.
-    only: exhibits to project anew; the others, and the factors, stay as the file has them.
+    only: exhibits to project anew; the others, the factors and what was assumed stay as the file has them.
     Raises ValueError where a notebook of the preset was not rehearsed in one go, the rehearsal's GPU is unknown, or the
-    file cannot be written; and for `only` where the preset has no such exhibit, or there is no file yet.
+    file cannot be written; and for `only` where the preset has no such exhibit, there is no file yet, or it is of
+    another rehearsal or of other variants.
     """
     folder = (run or checkout.run_folder(rehearsal)) / "results"
     variants = {"whole": load(preset, checkout)}
@@ -65,8 +66,7 @@ def project(
     whole, target = variants["whole"], checkout.results / preset / "estimate.json"
     if unknown := [exhibit for exhibit in only if exhibit not in whole.parameters]:
         raise ValueError(f"only {', '.join(unknown)}; expected some of {', '.join(whole.parameters)}")
-    if only and not target.exists():
-        raise ValueError(f"{preset} has no estimate yet; expected one of all of its exhibits first, without only")
+    known = _known(target, preset, rehearsal, variants) if only else {}
     check_destination(target)
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in only or whole.parameters}
     defaults = {exhibit: parameters_of(path) for exhibit, path in exhibits_in(checkout.notebooks).items()}
@@ -78,18 +78,34 @@ def project(
     assumed = {"gpus": GPUS, "official_rows": OFFICIAL_ROWS, "teal_rows": TEAL_ROWS}
     codes = dict.fromkeys(provenance["code"] for provenance, _ in rehearsed.values())
     found["source"] = {"rehearsal": rehearsal, "code": list(codes)} | assumed
-    write_json(target, _merged(json.loads(target.read_text(encoding="utf-8")), found, whole) if only else found)
+    write_json(target, _merged(known, found, whole) if only else found)
     return target
 
 
+def _known(target: Path, preset: str, rehearsal: str, variants: Iterable[str]) -> dict[str, Any]:
+    """What the file `target` says. ValueError unless some exhibits of `rehearsal` can stand beside its own: it is
+    there, of the same rehearsal, whose work and GPUs it tells of, and has a part for each of `variants` and no other.
+    """
+    if not target.exists():
+        raise ValueError(f"{preset} has no estimate yet; expected one of all of its exhibits first, without only")
+    known = json.loads(target.read_text(encoding="utf-8"))
+    if (theirs := known["source"]["rehearsal"]) != rehearsal:
+        raise ValueError(f"{target} is of the rehearsal {theirs}, not {rehearsal}; expected the same one, or no only")
+    if (parts := known.keys() - {"source"}) != set(variants):
+        raise ValueError(f"{target} holds {', '.join(sorted(parts))}, and {preset} has {', '.join(sorted(variants))}; "
+                         "expected an estimate of all exhibits, without only")  # fmt: skip
+    return known
+
+
 def _merged(known: Mapping[str, Any], found: Mapping[str, Any], whole: Preset) -> dict[str, Any]:
-    """What is `known` with the notebooks that were `found` in the place of its own, in the preset's order."""
+    """What is `known` with the notebooks that were `found` in the place of its own, in the preset's order, and their
+    code beside its own. What was assumed stays, as most notebooks are of it."""
     merged = dict(known)
     for name in found.keys() - {"source"}:
         own = known[name]["notebooks"] | found[name]["notebooks"]
         merged[name] = known[name] | {"notebooks": {x: own[x] for x in whole.parameters if x in own}}
     codes = dict.fromkeys([*known["source"]["code"], *found["source"]["code"]])
-    return merged | {"source": found["source"] | {"code": list(codes)}}
+    return merged | {"source": found["source"] | known["source"] | {"code": list(codes)}}
 
 
 def search_costs(checkout: Checkout = HERE) -> list[dict[str, Any]]:

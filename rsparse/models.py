@@ -37,6 +37,8 @@ SITES = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "attn_out"} | {
 """Which activation a linear reads; linears of one block and site share it. Names as in TEAL's histograms."""
 EXPECTED = "tiny, a folder, a hub id (owner/name) or random:SHAPE"
 """What names a model."""
+NO_MODEL = "is not a valid model identifier", "Repo id must"
+"""How transformers and the hub say that a name is wrong; else the model is out of reach, or torn."""
 ACTIVATION = "act"
 """The kind of a `DecoderActivation`, beside those of the linears in KINDS."""
 SCOPES = {"all": KINDS, "attention": KINDS[:4], "mlp": KINDS[4:]}
@@ -343,15 +345,21 @@ def _check_spelling(name: str) -> None:
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """ValueError for what transformers and the hub raise inside where `name` cannot be loaded. What the system raises,
-    such as for a full disk, stays as it is."""
+    """ValueError for what transformers and the hub raise inside where `name` cannot be loaded, with all that they say:
+    where to ask for access, or what the server answered. What the system raises, such as for a full disk or a cache
+    that cannot be written, is raised as it is, out of the error that transformers makes of it, too.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None:
             raise
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"model {name!r} cannot be read ({reason}); expected {EXPECTED}") from error
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause from None
+        reason = " ".join(str(error).split())
+        expected = f"; expected {EXPECTED}" if any(x in reason for x in NO_MODEL) else ""
+        raise ValueError(f"model {name!r} cannot be read: {reason}{expected}") from error
 
 
 @torch.no_grad()

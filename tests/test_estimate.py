@@ -175,6 +175,24 @@ def test_some_exhibits_are_projected_beside_what_stands(rehearsed):
         project(*names, checkout=rehearsed, only=["figure-9"])
 
 
+def test_some_exhibits_are_projected_beside_those_of_one_kind_alone(rehearsed):
+    """What was assumed stays; another rehearsal or other variants are refused before a notebook is read."""
+    names = "a6000-llama-2-7b", "rehearsal-llama-2-7b"
+    path = project(*names, checkout=rehearsed)
+    known = json.loads(path.read_text())
+    del known["source"]["teal_rows"]  # as if it had come later
+    path.write_text(json.dumps(known | {"source": known["source"] | {"gpus": {"H100": {"memory": 3}}}}))
+    source = json.loads(project(*names, checkout=rehearsed, only=["figure-1-3"]).read_text())["source"]
+    assert source["gpus"] == {"H100": {"memory": 3}} and "mmlu" in source["teal_rows"]
+    shutil.rmtree(rehearsed.run_folder(names[1]))
+    path.write_text(before := json.dumps({"whole": known["whole"], "source": known["source"]}))
+    with pytest.raises(ValueError, match="holds whole, and a6000-llama-2-7b has overnight, whole; expected"):
+        project(*names, checkout=rehearsed, only=["figure-1-3"])
+    with pytest.raises(ValueError, match="of the rehearsal rehearsal-llama-2-7b, not rehearsal-mistral-7b; expected"):
+        project(names[0], "rehearsal-mistral-7b", checkout=rehearsed, only=["figure-1-3"])
+    assert path.read_text() == before
+
+
 def test_what_cannot_be_projected_is_refused(rehearsed):
     folder = rehearsed.run_folder("rehearsal-llama-2-7b") / "results"
 

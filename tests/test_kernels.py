@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -655,8 +657,13 @@ def test_a_file_that_cannot_be_made_is_refused_whoever_asks(place, reason, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_asking_for_a_place_leaves_nothing_behind(tmp_path):
-    check_destination(tmp_path / "new" / "newer" / "a.json")
+def test_asking_for_a_place_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Nor is a folder made meanwhile, that another process could find. The longest names are allowed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("made a folder"))
+        for name in ("a.json", 255 * "a"):
+            check_destination(tmp_path / name)
+            check_destination(tmp_path / "new" / "newer" / name)
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.json").write_text("old")
     check_destination(tmp_path / "a.json")
@@ -771,5 +778,98 @@ def test_without_a_home_choices_are_kept_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     folder = tuning.cache_path().parent
     assert folder == cache_folder() and folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert tuning.cache_path() == tmp_path / "home" / ".cache" / "rsparse" / "kernels.json"
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A home folder and a temporary one of this test; `deny` lets nothing be written into the former."""
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.delenv("RSPARSE_CACHE")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    real = tempfile.NamedTemporaryFile
+
+    def refuse(*arguments, dir, **more):
+        if Path(dir).is_relative_to(home):
+            raise OSError(30, "Read-only file system")
+        return real(*arguments, dir=dir, **more)
+
+    def deny():
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+
+    return SimpleNamespace(home=home / ".cache" / "rsparse", temporary=temporary / f"rsparse-{os.getuid()}", deny=deny)
+
+
+def known_configuration(monkeypatch, content: bytes, folder: Path):
+    """What is known of one launch, where `folder` holds `content`, in which KEY is that launch; None: measured."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(tuning, "_UNSAVED", {})
+    monkeypatch.setattr(tuning, "_key", lambda *_: "KEY")
+    monkeypatch.setattr(tuning, "tune", lambda *_: None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.json").write_bytes(content)
+    packed = pack([Segment(torch.ones(128, 64), 0.5)])
+    return tuning.configuration_for(packed, False, [0.5])
+
+
+CHOICE = Configuration(64, 32, 6, 1, True)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"3", b"null", b"\xff{}", b"{"])
+def test_a_file_that_holds_no_choices_counts_as_empty(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("RSPARSE_CACHE", str(tmp_path))
+    assert known_configuration(monkeypatch, content, tmp_path) is None
+    assert known_configuration(monkeypatch, json.dumps({"KEY": asdict(CHOICE)}).encode(), tmp_path) == CHOICE
+
+
+def test_choices_are_read_at_home_though_it_cannot_be_written(places, monkeypatch):
+    """And nothing is made by reading."""
+    places.deny()
+    assert known_configuration(monkeypatch, json.dumps({"KEY": asdict(CHOICE)}).encode(), places.home) == CHOICE
+    assert not places.temporary.exists() and len(list(places.home.iterdir())) == 1
+    assert tuning.cache_path().parent == places.temporary
+    other = json.dumps({"KEY": asdict(CHOICE) | {"splits": 8}}).encode()
+    assert known_configuration(monkeypatch, other, places.temporary) == CHOICE
+    (places.home / "kernels.json").unlink()
+    assert known_configuration(monkeypatch, other, places.temporary).splits == 8
+
+
+def test_the_cache_stays_where_it_was_found(places):
+    """A disk that is full for a moment does not move it."""
+    assert cache_folder() == places.home
+    places.deny()
+    assert cache_folder() == places.home
+
+
+@pytest.mark.parametrize("of", ["another user", "a link"])
+def test_a_temporary_folder_of_others_is_not_taken(of, places, tmp_path, monkeypatch):
+    """Anybody can make one of that name, and what lies in it is read as one's own."""
+    places.deny()
+    if of == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        places.temporary.symlink_to(tmp_path / "elsewhere")
+    else:
+        places.temporary.mkdir()
+        mine = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+        places.temporary.rename(places.temporary.with_name(f"rsparse-{os.getuid()}"))
+    content = json.dumps({"KEY": asdict(CHOICE)}).encode()
+    taken = places.temporary.with_name(f"rsparse-{os.getuid()}")
+    assert known_configuration(monkeypatch, content, taken) is None
+    assert cache_folder() == places.home  # whose own error tells why it cannot be written
+
+
+def test_a_user_without_a_home_has_a_temporary_cache(places, monkeypatch):
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tuning.cache_path().parent == cache_folder() == places.temporary
+    places.temporary.rmdir()
+    places.temporary.touch()
+    with pytest.raises(PermissionError, match="no folder of this user; expected one in RSPARSE_CACHE: .*rsparse-"):
+        cache_folder()

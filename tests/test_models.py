@@ -168,18 +168,57 @@ def test_a_misspelt_name_is_not_asked_of_the_hub(name, meant, monkeypatch):
             call(name)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "owner/tinny", "bad:name"])
-def test_what_the_hub_does_not_give_is_named(name):
+@pytest.mark.parametrize(("name", "said"), [
+    ("gpt2", "We couldn't connect to .* Check your internet connection .*/installation#offline-mode'.$"),
+    ("owner/tinny", "We couldn't connect to .* Check your internet connection .*/installation#offline-mode'.$"),
+    ("bad:name", "Repo id must use .*: 'bad:name'.; expected tiny, a folder"),
+])  # fmt: skip
+def test_what_the_hub_does_not_give_is_named(name, said):
     """Offline, as every test."""
     for call in (load_model, load_tokenizer):
-        with pytest.raises(ValueError, match=rf"model {name!r} cannot be read \(.+\); expected tiny, a folder"):
+        with pytest.raises(ValueError, match=f"model {name!r} cannot be read: {said}"):
             call(name)
+
+
+@pytest.mark.parametrize(("raised", "told"), [
+    ("You are trying to access a gated repo.\nMake sure to have access to it at https://hub/owner/name.\n401 Error.",
+     "at https://hub/owner/name. 401 Error."),
+    ("There was a specific connection error when trying to load owner/name:\n503 Server Error: Busy. Try later.",
+     "owner/name: 503 Server Error: Busy. Try later."),
+    ("owner/name is not a local folder and is not a valid model identifier listed on 'https://hub'\nIf private, log in",
+     "If private, log in; expected tiny, a folder, a hub id (owner/name) or random:SHAPE"),
+])  # fmt: skip
+def test_all_that_the_hub_says_is_told(raised, told, monkeypatch):
+    """What is expected instead, where the name is wrong."""
+
+    def fail(*_):
+        raise OSError(raised) from RuntimeError("the hub's own")
+
+    monkeypatch.setattr("rsparse.models.PretrainedConfig.get_config_dict", fail)
+    with pytest.raises(ValueError, match=f"model 'owner/name' cannot be read: .*{re.escape(told)}$"):
+        load_model("owner/name")
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_cache_that_cannot_be_written_is_not_the_models_fault(chained, monkeypatch):
+    """transformers makes an error without a number of it; the command tells which folder it is."""
+
+    def fail(*_):
+        try:
+            raise PermissionError(13, "Permission denied", "/the/cache")
+        except PermissionError as error:
+            raise OSError("PermissionError at /the/cache") from (error if chained else None)
+
+    monkeypatch.setattr("rsparse.models.PretrainedConfig.get_config_dict", fail)
+    with pytest.raises(PermissionError) as raised:
+        load_model("owner/name")
+    assert raised.value.filename == "/the/cache"
 
 
 def test_a_torn_checkpoint_is_named_and_a_full_disk_is_not_its_fault(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=f"model '{tmp_path}' cannot be read .*; expected tiny, a folder"):
+    with pytest.raises(ValueError, match=f"model '{tmp_path}' cannot be read: .* is not a valid JSON file.$"):
         load_model(str(tmp_path))
 
     def full(*_):

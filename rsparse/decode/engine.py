@@ -263,7 +263,8 @@ def _check_edges(ids: Tensor, pad: int | None, others: Sequence[int | None]) -> 
         rows = (edge == pad).nonzero().flatten().tolist()
         if 0 < len(rows) < len(ids):
             raise ValueError(f"row {rows[0]} of the prompts {where} with {pad}, the padding token; expected prompts of "
-                             "one length, without padding")  # fmt: skip
+                             "one length, without padding; where it belongs to the text, pass an attention_mask of "
+                             "ones")  # fmt: skip
 
 
 def _ahead(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
