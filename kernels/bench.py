@@ -8,6 +8,7 @@ another; with --breakdown, what a launch spends its time on. Bytes are those of 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -145,7 +146,7 @@ def _row(one: Fused, asked: Asked, x: Tensor, drawn: Tensor, speed: float) -> di
              "dense bytes": size}  # fmt: skip
     for name, t in times.items():
         found |= {f"{name} us": 1e6 * t.p50, f"{name} p20 us": 1e6 * t.p20, f"{name} p80 us": 1e6 * t.p80}
-    if asked.device == "cpu":
+    if not any(math.isnan(t.processors) for t in times.values()):
         found["processor share"] = min(t.processors for t in times.values())
     ours = times["ours"].p50
     return found | {

@@ -1,19 +1,41 @@
-"""Whether timings on a CPU are the kernels', or of threads that did not run all the time. Needs no torch.
+"""Whether timings on a CPU are the kernels', or of threads that waited for a processor. Needs no torch.
 
-torch's threads wait for each other by spinning, so that a process which has its processors to itself runs on every one
-of them all the time. Less says that something is amiss: others ran, a quota held it back, there are more threads than
-processors, or threads slept. More does not say that all is well: a neighbour may have had memory's bandwidth.
+Only what the system's scheduler counts is seen: not a neighbour that has memory's bandwidth, and no quota.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 OWN = 0.9
-"""Of its threads' time, what a process runs that nothing holds back."""
+"""Of the time that its threads wanted a processor, what a process gets that has them to itself. One that shares two
+processors with a single other process gets two thirds."""
+
+
+def scheduled() -> tuple[float, float] | None:
+    """Seconds that this process's threads have run, and have waited for a processor while they could have; None where
+    the system does not tell (it is Linux that does)."""
+    try:
+        lines = [path.read_text() for path in Path("/proc/self/task").glob("*/schedstat")]
+    except OSError:  # a thread has just ended, or there is no such folder
+        return None
+    counts = [[int(x) for x in line.split()[:2]] for line in lines]
+    return (sum(x[0] for x in counts) / 1e9, sum(x[1] for x in counts) / 1e9) if counts else None
+
+
+def share_of(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float:
+    """Of the time that threads wanted a processor between two of `scheduled`, the share that they had one; NaN where
+    that is not known."""
+    if before is None or after is None:
+        return float("nan")
+    ran, waited = (y - x for x, y in zip(before, after, strict=True))
+    return ran / (ran + waited) if ran > 0 else float("nan")
 
 
 def shared(share: float) -> str:
-    """A sentence where a process ran for only so much of its threads' time; "" where for nearly all, or for NaN."""
+    """A sentence where threads had a processor for only so much of the time that they wanted one; "" where for nearly
+    all of it, or for NaN."""
     if not share < OWN:
         return ""
-    return (f"This process ran for only {share:.0%} of its threads' time at the least, as where others use the "
-            "processors or a quota limits them, so that these times are not the kernels'.")  # fmt: skip
+    return (f"Others used the processors meanwhile: this process had one for only {share:.0%} of the time that its "
+            "threads wanted it, so that these times are not the kernels'.")  # fmt: skip

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import processors
+
 CACHES = {"cuda": 128e6, "cpu": 1e9}
 """Bytes that no cache holds; the last cache of a large server has half a gigabyte."""
 HELD = 3e9
@@ -20,8 +22,8 @@ CALLS = 40
 
 @dataclass(frozen=True)
 class Times:
-    """Quantiles of the seconds of one call. processors: of the time of torch's threads, the share that this process
-    ran, see kernels.processors; NaN on a GPU."""
+    """Quantiles of the seconds of one call. processors: of the time that threads wanted a processor, the share that
+    they had one, see kernels.processors; NaN on a GPU, and where it is not known."""
 
     p20: float
     p50: float
@@ -41,22 +43,22 @@ def measure(calls: Sequence[Callable[[], object]], device: str, repeats: int = 2
     in_graph: calls of one CUDA graph, or as many as there are of `calls`.
     """
     if device == "cuda":
-        found, processors = _graph(calls, repeats, max(in_graph, len(calls))), math.nan
+        found, had = _graph(calls, repeats, max(in_graph, len(calls))), math.nan
     else:
-        found, processors = _clock(calls, repeats)
+        found, had = _clock(calls, repeats)
     p20, *_, p80 = statistics.quantiles(found, n=5) if len(found) > 1 else found * 2
-    return Times(p20, statistics.median(found), p80, processors)
+    return Times(p20, statistics.median(found), p80, had)
 
 
 def _clock(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[list[float], float]:
     for call in calls:
         call()
-    found, busy = [], time.process_time()
+    found, before = [], processors.scheduled()
     for i in range(repeats):
         started = time.perf_counter()
         calls[i % len(calls)]()
         found.append(time.perf_counter() - started)
-    return found, (time.process_time() - busy) / (sum(found) * torch.get_num_threads())
+    return found, processors.share_of(before, processors.scheduled())
 
 
 def _graph(calls: Sequence[Callable[[], object]], repeats: int, in_graph: int) -> list[float]:

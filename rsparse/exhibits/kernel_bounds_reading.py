@@ -14,7 +14,7 @@ from kernels.processors import shared
 from rsparse.exhibits.kernel_reading import CHAIN, at, geometric_mean, headline, linears, processor_share
 
 SIXTEEN = ("bfloat16", "float16")
-SHARED = "not judged: threads were held up"
+SHARED = "not judged: a shared machine"
 WHOLE = 4
 """Fused linears of a block; a mean over fewer is named so."""
 
@@ -108,7 +108,7 @@ def reading(found: pd.DataFrame) -> str:
         ]
         words += f" Missed, with the lowest shape: {'; '.join(said)}."
     if out := (found["met"] == SHARED).sum():
-        words += f" {out} cannot be judged by times of threads that were held up."
+        words += f" {out} cannot be judged by times of a machine that others used meanwhile."
     if absent := (found["met"] == "not measured").sum():
         words += f" {absent} {'was' if absent == 1 else 'were'} not measured."
     return words

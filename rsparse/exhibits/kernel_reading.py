@@ -407,7 +407,7 @@ def live_reading(frame: pd.DataFrame) -> str:
 
 
 def processor_share(frame: pd.DataFrame) -> float:
-    """The least of its threads' time that a process on a CPU ran; NaN where that was not measured."""
+    """The least that threads on a CPU had of the time that they wanted a processor; NaN where that was not measured."""
     return float(frame["processor share"].min()) if "processor share" in frame else math.nan
 
 
