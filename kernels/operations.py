@@ -89,7 +89,7 @@ class Gemv(nn.Module):
         self.work = ()  # free before as much is allocated
         if like is None:
             made = triton_gemv.workspace(self.packed, self.configuration, max(1, self.most_tokens))
-            self.work = (made.partial, made.z, made.flags, made.scratch)
+            self.work = (made.partial, made.z, made.flags, made.scratch, made.values)
         else:
             self.work = like.work
         if self.next is not None:
@@ -216,8 +216,8 @@ def _compute(
         from kernels import triton_gemv
 
         chosen = triton_gemv.Configuration.of(configuration)
-        left = [triton_gemv.Left(*pair) if pair else None for pair in (before, work[4:])]
-        return triton_gemv.gemv(x, packed, gated, chosen, triton_gemv.Workspace(*work[:4]), front, eps, residual,
+        left = [triton_gemv.Left(*pair) if pair else None for pair in (before, work[5:])]
+        return triton_gemv.gemv(x, packed, gated, chosen, triton_gemv.Workspace(*work[:5]), front, eps, residual,
                                 left[0], next, left[1])  # fmt: skip
     if front is not None:
         x = reference.rms_norm(x, front, eps)

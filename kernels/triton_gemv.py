@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels import triton_batch as batch
 from kernels import triton_tiles as tiles
 from kernels.packing import COLUMNS, Packed
 from kernels.quantized import GROUP
@@ -29,6 +30,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_SEGMENTS = 3
 MOST_TOKENS = 16
 """Tokens of one launch."""
+LEAST_TOKENS = 16
+"""Of a product on tensor cores: fewer are padded."""
+MOST_TOGETHER = 4
+"""Tokens whose z a program computes, or whose parts it adds up, at once: what registers hold."""
 MOST_REGISTERS = 128
 """Of a thread where programs are one warp: a few spilled ones cost less than the warp that they would displace. INT4
 beside float32 is plain arithmetic, and needs more."""
@@ -36,10 +41,8 @@ Z_RANKS = tl.constexpr(4)
 """Ranks of a program that computes z."""
 Z_STRETCH = 2048
 """Channels of one such program."""
-LIST = tl.constexpr(256)
-"""Channels that are compacted at once, for one token."""
-BATCH_LIST = tl.constexpr(128)
-"""The same for several."""
+LIST = 256
+"""Channels that a warp compacts at once."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,15 @@ _NOT_SPECIALIZED = ["m0", "m1", "m2", "splits", "stretch", "rank_tiles", "z_prog
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _gemv(
     x, table, A, B, scales, ranks, thresholds, norms, bias, front, residual, y, next, weighted, squares, partial, z,
-    flags, scratch, eps, n, m, r, m0, m1, m2, splits, stretch, rank_tiles, z_programs, z_blocks, z_stretches, blocks,
-    first, second, places,
-    TOKENS: tl.constexpr, PAD: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr,
-    FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr, INT4: tl.constexpr,
-    LISTED: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, RANK_ROWS: tl.constexpr, PARTS: tl.constexpr,
-    Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr, Z_STRETCH: tl.constexpr,
-    PLACES: tl.constexpr, VOTES: tl.constexpr, CHAINED: tl.constexpr, INTERPRETED: tl.constexpr,
+    flags, scratch, values, eps, n, m, r, m0, m1, m2, splits, stretch, rank_tiles, z_programs, z_blocks, z_stretches,
+    blocks, first, second, places,
+    TOKENS: tl.constexpr, PAD: tl.constexpr, TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr,
+    BIAS: tl.constexpr, FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
+    INT4: tl.constexpr, LISTED: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, LIST: tl.constexpr, RANK_ROWS: tl.constexpr,
+    PARTS: tl.constexpr, Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr,
+    Z_STRETCH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, CHAINED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """See the module. m: padded columns; m0, m1, m2: outputs of each segment, first, second: blocks of the first two.
     next: weight of the norm that reads y; weighted, squares: what is left for it, where NEXT, see triton_tiles.LEFT.
@@ -96,20 +100,8 @@ def _gemv(
     if CHAINED:
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
-        per_token = z_stretches * z_blocks
-        token, index = program // per_token, program % per_token
-        part, rest = index // z_blocks, index % z_blocks
-        per_segment = tl.cdiv(r, Z_RANKS)
-        segment = rest // per_segment
-        own = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
-        of_token = front + token * places if FRONT == tiles.LEFT else front
-        scale = tiles.scale_of(x + token * n, of_token, n, eps, places, FRONT, NORM_WIDTH, PLACES)
-        begin = part * Z_STRETCH
-        total = tiles.z_part(
-            x + token * n, B, front, scale, norms + segment * n if NORMS else norms, tl.load(thresholds + segment), n,
-            r, segment, own, begin, tl.minimum(begin + Z_STRETCH, n), Z_RANKS, Z_WIDTH, NORMS, FRONT,
-        )  # fmt: skip
-        tl.store(z + ((token * z_stretches + part) * SEGMENTS + segment) * r + own, total, mask=own < r)
+        _z(x, B, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS, TOGETHER,
+           SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
         tl.debug_barrier()
         tl.atomic_add(flags, 1, sem="release")
         if CHAINED:
@@ -123,9 +115,9 @@ def _gemv(
     if split < splits:
         start = split * stretch
         _sparse_path(
-            x, table, scales, thresholds, norms, front, eps, scratch + number.to(tl.int64) * stretch, out, n, m, block,
-            segment, columns, start, tl.minimum(start + stretch, n), places, TOKENS, PAD, NORMS, FRONT, INT4, LISTED,
-            COLUMNS, ROWS, SUB, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
+            x, table, scales, thresholds, norms, front, eps, scratch, values, number.to(tl.int64), out, n, m, block,
+            segment, columns, start, tl.minimum(start + stretch, n), stretch, places, TOKENS, PAD, NORMS, FRONT, INT4,
+            LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
         )  # fmt: skip
     else:
         sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, flags,
@@ -144,42 +136,62 @@ def _gemv(
     if arrived == (2 * parts if GATED else parts) - 1:
         tl.debug_barrier()
         tl.store(flags + 2 + place, 0)
-        for token in range(TOKENS):
-            _reduce(partial + token * m, bias, residual, y, next, weighted, squares, token, m, parts, place, segment,
-                    m0, m1, m2, first, second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
+        _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment, m0, m1, m2, first,
+                second, blocks, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
+
+
+@triton.jit
+def _z(x, B, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
+       TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, WIDTH: tl.constexpr,
+       Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+    """Leaves z of some ranks over a stretch of channels, of one token or of TOGETHER. index: of the program."""
+    per_tokens, per_segment = z_stretches * z_blocks, tl.cdiv(r, Z_RANKS)
+    part, rest = index % per_tokens // z_blocks, index % z_blocks
+    segment = rest // per_segment
+    own = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
+    begin, threshold = part * Z_STRETCH, tl.load(thresholds + segment)
+    end, of_segment = tl.minimum(begin + Z_STRETCH, n), norms + segment * n if NORMS else norms
+    out, stride = z + (part * SEGMENTS + segment) * r + own, z_stretches * SEGMENTS * r
+    if TOKENS > 1:
+        token = index // per_tokens * TOGETHER
+        scales = batch.scales_of(x, front, n, eps, places, token, TOGETHER, TOKENS, FRONT, NORM_WIDTH, PLACES)
+        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, segment, own, token, begin, end, TOKENS,
+                              TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
+        for i in tl.static_range(TOGETHER):
+            tl.store(out + (token + i) * stride, totals[i], mask=(own < r) & (token + i < TOKENS))
+    else:
+        scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
+        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, segment, own, begin, end, Z_RANKS, WIDTH,
+                             NORMS, FRONT)  # fmt: skip
+        tl.store(out, total, mask=own < r)
 
 
 @triton.jit
 def _sparse_path(
-    x, table, scales, thresholds, norms, front, eps, entries, out, n, m, block, segment, columns, start, end, places,
-    TOKENS: tl.constexpr, PAD: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, INT4: tl.constexpr,
-    LISTED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, NORM_WIDTH: tl.constexpr,
-    PLACES: tl.constexpr, VOTES: tl.constexpr, INTERPRETED: tl.constexpr,
+    x, table, steps, thresholds, norms, front, eps, scratch, values, number, out, n, m, block, segment, columns, start,
+    end, stretch, places, TOKENS: tl.constexpr, PAD: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
+    INT4: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
+    LIST: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Leaves the sum over the kept channels of start..end at `out`."""
+    """Leaves the sum over the kept channels of start..end at `out`. number: of the program, for its list."""
     threshold = tl.load(thresholds + segment)
     own = norms + segment * n if NORMS else norms
     if TOKENS > 1:
-        tokens = tl.minimum(tl.arange(0, PAD), TOKENS - 1)
-        scale = tl.full((PAD,), 1.0, tl.float32)
-        if FRONT:
-            for token in tl.static_range(TOKENS):
-                of_token = front + token * places if FRONT == tiles.LEFT else front
-                found = tiles.scale_of(x + token * n, of_token, n, eps, places, FRONT, NORM_WIDTH, PLACES)
-                scale = tl.where(tokens == token, found, scale)
-        each = x + tokens[:, None] * n
-        count = tiles.list_kept(each, front, scale, own, threshold, start, end, entries, TOKENS, BATCH_LIST, NORMS,
-                                FRONT, VOTES=False)  # fmt: skip
-        sums = tiles.batched(each, table, front, scale, own, threshold, entries, count, m, columns, PAD, ROWS, COLUMNS,
-                             NORMS, FRONT, INTERPRETED)  # fmt: skip
+        length = tl.multiple_of(stretch + ROWS, 16)  # so that loads of a list are seen to be wide
+        entries, listed = scratch + number * length, values + number * length * TOKENS
+        scales = batch.scales_of(x, front, n, eps, places, 0, TOKENS, TOKENS, FRONT, NORM_WIDTH, PLACES)
+        count = batch.list_kept(x, front, scales, own, threshold, n, start, end, entries, listed, length, TOKENS, ROWS,
+                                LIST, NORMS, FRONT, VOTES)  # fmt: skip
+        sums = batch.listed(table, entries, listed, length, count, m, columns, TOKENS, PAD, ROWS, COLUMNS, INTERPRETED)
         _leave(out, sums, m, columns, TOKENS, PAD)
     else:
+        entries = scratch + number * stretch
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
         if INT4:
-            tiles.int4(x, table, scales, front, scale, own, threshold, start, end, m, block, entries, out, LISTED, ROWS,
+            tiles.int4(x, table, steps, front, scale, own, threshold, start, end, m, block, entries, out, LISTED, ROWS,
                        COLUMNS, NORMS, FRONT, VOTES, INTERPRETED)  # fmt: skip
         elif LISTED:
-            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, 1, LIST, NORMS, FRONT, VOTES)
+            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES)
             sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
                                 INTERPRETED)  # fmt: skip
             tl.store(out + columns, sums)
@@ -199,50 +211,77 @@ def _leave(out, sums, m, columns, TOKENS: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
-def _reduce(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2, first,
-            second, blocks, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
-            GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Outputs of one token at a block of columns, out of all parts. What is added or multiplied is loaded first, to
-    come while the parts do."""
-    columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    if GATED:
-        within, inside, place, of_bias = columns, columns < m0, token * m0 + columns, bias
+def _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, block, segment, m0, m1, m2, first, second,
+            blocks, TOKENS: tl.constexpr, TOGETHER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+            NEXT: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Outputs of all tokens at a block of columns, out of all parts."""
+    if TOKENS == 1:
+        _outputs(partial, bias, residual, y, next, weighted, squares, 0, m, parts, block, segment, m0, m1, m2, first,
+                 second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
     else:
-        before = tl.where(segment == 0, 0, tl.where(segment == 1, first, first + second)) * COLUMNS
-        start = tl.where(segment == 0, 0, tl.where(segment == 1, m0, m0 + m1))
-        within = columns - before
-        inside = within < tl.where(segment == 0, m0, tl.where(segment == 1, m1, m2))
-        place, of_bias = token * (m0 + m1 + m2) + start + within, bias + start if BIAS else bias
-    if RESIDUAL:
-        added = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    if NEXT:  # of a single segment
-        weight = tl.load(next + columns, mask=inside, other=0.0).to(tl.float32)
-    total = _total(partial, of_bias, TOKENS * m, columns, within, inside, parts, BIAS, COLUMNS, PARTS)
-    if GATED:
-        up = _total(partial, bias + m0 if BIAS else bias, TOKENS * m, first * COLUMNS + columns, columns, inside, parts,
-                    BIAS, COLUMNS, PARTS)  # fmt: skip
-        total = total * tl.sigmoid(total) * up
-    if RESIDUAL:
-        total += added
-    tl.store(y + place, total, mask=inside)
-    if NEXT:
-        stored = tl.where(inside, total.to(y.dtype.element_ty).to(tl.float32), 0.0)
-        tl.store(weighted + place, stored * weight, mask=inside)
-        tl.store(squares + token * blocks + block, tl.sum(stored * stored, axis=0))
+        for begin in range(0, TOKENS, TOGETHER):
+            token = begin + tl.arange(0, TOGETHER)
+            _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2,
+                     first, second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
 
 
 @triton.jit
-def _total(partial, bias, stride, columns, within, inside, parts, BIAS: tl.constexpr, COLUMNS: tl.constexpr,
-           PARTS: tl.constexpr):  # fmt: skip
+def _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2, first,
+             second, blocks, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
+             GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Of one token, or of a vector of them. What is added or multiplied is loaded first, to come while the parts do."""
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    if GATED:
+        within, inside, start, width, of_bias = columns, columns < m0, 0, m0, bias
+    else:
+        before = tl.where(segment == 0, 0, tl.where(segment == 1, first, first + second)) * COLUMNS
+        start = tl.where(segment == 0, 0, tl.where(segment == 1, m0, m0 + m1))
+        within, width = columns - before, m0 + m1 + m2
+        inside = within < tl.where(segment == 0, m0, tl.where(segment == 1, m1, m2))
+        of_bias = bias + start if BIAS else bias
+    if TOKENS == 1:
+        place, wanted = start + within, inside
+    else:
+        place = token[:, None] * width + (start + within)[None, :]
+        wanted = (token < TOKENS)[:, None] & inside[None, :]
+    if RESIDUAL:
+        added = tl.load(residual + place, mask=wanted, other=0.0).to(tl.float32)
+    if NEXT:  # of a single segment
+        weight = tl.load(next + columns, mask=inside, other=0.0).to(tl.float32)
+    total = _total(partial, of_bias, token, m, columns, within, inside, parts, TOKENS, BIAS, COLUMNS, PARTS)
+    if GATED:
+        up = _total(partial, bias + m0 if BIAS else bias, token, m, first * COLUMNS + columns, columns, inside, parts,
+                    TOKENS, BIAS, COLUMNS, PARTS)  # fmt: skip
+        total = total * tl.sigmoid(total) * up
+    if RESIDUAL:
+        total += added
+    tl.store(y + place, total, mask=wanted)
+    if NEXT:
+        stored = tl.where(wanted, total.to(y.dtype.element_ty).to(tl.float32), 0.0)
+        if TOKENS == 1:
+            tl.store(weighted + place, stored * weight, mask=wanted)
+            tl.store(squares + block, tl.sum(stored * stored, axis=0))
+        else:
+            tl.store(weighted + place, stored * weight[None, :], mask=wanted)
+            tl.store(squares + token * blocks + block, tl.sum(stored * stored, axis=1), mask=token < TOKENS)
+
+
+@triton.jit
+def _total(partial, bias, token, m, columns, within, inside, parts, TOKENS: tl.constexpr, BIAS: tl.constexpr,
+           COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """What all parts have left at `columns`, added up in a fixed order, and the bias of one segment."""
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for begin in range(0, parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
-        left = tl.load(partial + part[:, None] * stride + columns[None, :], mask=(part < parts)[:, None], other=0.0,
-                       cache_modifier=".cg")  # fmt: skip
-        total += tl.sum(left, axis=0)
+    if TOKENS > 1:
+        total = batch.total(partial, token, m, columns, parts, TOKENS, COLUMNS, PARTS)
+    else:
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for begin in range(0, parts, PARTS):
+            part = begin + tl.arange(0, PARTS)
+            left = tl.load(partial + part[:, None] * m + columns[None, :], mask=(part < parts)[:, None], other=0.0,
+                           cache_modifier=".cg")  # fmt: skip
+            total += tl.sum(left, axis=0)
     if BIAS:
-        total += tl.load(bias + within, mask=inside, other=0.0)
+        added = tl.load(bias + within, mask=inside, other=0.0)
+        total += added if TOKENS == 1 else added[None, :]
     return total
 
 
@@ -262,8 +301,13 @@ class Grid:
     listing: int
 
     @property
+    def together(self) -> int:
+        """Tokens that a program takes at once where it can choose."""
+        return min(MOST_TOGETHER, triton.next_power_of_2(self.tokens))
+
+    @property
     def z_programs(self) -> int:
-        return self.tokens * self.z_stretches * self.z_blocks
+        return -(-self.tokens // self.together) * self.z_stretches * self.z_blocks
 
     @property
     def parts(self) -> int:
@@ -293,7 +337,7 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
     return Grid(
         tokens, columns, -(-n // Z_STRETCH) if r else 0, segments * -(-r // Z_RANKS.value),
         sum(packed.padded) // columns, -(-n // stretch), stretch, rank_rows, -(-r // rank_rows),
-        stretch if listed else 0,
+        stretch + (configuration.rows if tokens > 1 else 0) if listed else 0,
     )  # fmt: skip
 
 
@@ -303,12 +347,14 @@ def _up(value: int, multiple: int) -> int:
 
 @dataclass
 class Workspace:
-    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches) and lists. For one stream."""
+    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches), lists and, for several tokens,
+    s(x) there. For one stream."""
 
     partial: Tensor
     z: Tensor
     flags: Tensor
     scratch: Tensor
+    values: Tensor
 
 
 def workspace(packed: Packed, configuration: Configuration, tokens: int = 1) -> Workspace:
@@ -316,12 +362,14 @@ def workspace(packed: Packed, configuration: Configuration, tokens: int = 1) -> 
     grids, device = [grid_of(packed, configuration, count) for count in {1, tokens}], packed.table.device
     partial = max(grid.parts * grid.tokens for grid in grids) * sum(packed.padded)
     z = max(grid.tokens * grid.z_stretches for grid in grids) * packed.B.shape[0] * packed.B.shape[1]
-    lists = max(grid.blocks * grid.splits * grid.listing for grid in grids)
+    lists = [grid.blocks * grid.splits * grid.listing for grid in grids]
+    values = max(x * grid.tokens if grid.tokens > 1 else 0 for x, grid in zip(lists, grids, strict=True))
     return Workspace(
         torch.empty(partial, device=device),
         torch.empty(max(1, z), device=device),
         torch.zeros(2 + max(grid.blocks for grid in grids), dtype=torch.int32, device=device),
-        torch.empty(max(1, lists), dtype=torch.int32, device=device),
+        torch.empty(max(1, *lists), dtype=torch.int32, device=device),
+        torch.empty(max(1, values), dtype=packed.dtype, device=device),
     )
 
 
@@ -386,8 +434,8 @@ def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor,
         x=x, table=packed.table, A=packed.A, B=packed.B, scales=packed.scales, ranks=packed.ranks,
         thresholds=packed.thresholds, norms=packed.norms, bias=packed.bias, front=front, residual=residual, y=y,
         next=next, weighted=after and after.weighted, squares=after and after.squares, partial=work.partial, z=work.z,
-        flags=work.flags, scratch=work.scratch, eps=eps, n=packed.channels, m=sum(packed.padded), r=packed.B.shape[1],
-        m0=m0, m1=m1, m2=m2, splits=grid.splits, stretch=grid.stretch, rank_tiles=grid.rank_tiles,
+        flags=work.flags, scratch=work.scratch, values=work.values, eps=eps, n=packed.channels, m=sum(packed.padded),
+        r=packed.B.shape[1], m0=m0, m1=m1, m2=m2, splits=grid.splits, stretch=grid.stretch, rank_tiles=grid.rank_tiles,
         z_programs=grid.z_programs, z_blocks=grid.z_blocks, z_stretches=grid.z_stretches,
         blocks=grid.blocks, first=first, second=second, places=before.squares.shape[1] if before else 0,
     )  # fmt: skip
@@ -396,20 +444,19 @@ def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor,
 def constants(packed: Packed, gated: bool, configuration: Configuration, grid: Grid, given: dict) -> dict:
     """What a launch that is `given` arguments is compiled for, apart from dtypes."""
     front = 0 if given["front"] is None else tiles.LEFT.value if given["places"] else tiles.OWN.value
-    least = 1 if packed.dtype == torch.float32 else 16  # tokens of a product on tensor cores
+    least = 1 if packed.dtype == torch.float32 else LEAST_TOKENS
     pad = max(least, triton.next_power_of_2(grid.tokens)) if grid.tokens > 1 else 1
     width = grid.columns // 2 if packed.scales is not None else grid.columns * packed.dtype.itemsize  # bytes of a row
     sub = max(1, 32 * configuration.warps * 16 // width)  # rows that a program's threads load at once
-    rows = configuration.rows
-    if grid.tokens > 1:  # whose sums take registers too
-        rows = min(rows, max(16, 2048 * configuration.warps // grid.columns))
+    rows, warps = configuration.rows, configuration.warps
     return dict(
-        TOKENS=grid.tokens, PAD=pad, SEGMENTS=len(packed.widths), NORMS=packed.norms is not None,
-        BIAS=packed.bias is not None, FRONT=front, RESIDUAL=given["residual"] is not None,
-        NEXT=given["next"] is not None, GATED=gated, PLACES=triton.next_power_of_2(max(1, given["places"])),
-        INT4=packed.scales is not None, LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=rows,
-        SUB=min(sub, rows), RANK_ROWS=grid.rank_rows, PARTS=2048 * configuration.warps // grid.columns,
+        TOKENS=grid.tokens, PAD=pad, TOGETHER=grid.together, SEGMENTS=len(packed.widths),
+        NORMS=packed.norms is not None, BIAS=packed.bias is not None, FRONT=front,
+        RESIDUAL=given["residual"] is not None, NEXT=given["next"] is not None, GATED=gated,
+        PLACES=triton.next_power_of_2(max(1, given["places"])), INT4=packed.scales is not None,
+        LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=rows, SUB=min(sub, rows),
+        LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows, PARTS=2048 * warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
         STRETCHES=triton.next_power_of_2(max(1, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
-        VOTES=configuration.warps == 1 and not INTERPRETED,
+        VOTES=warps == 1 and not INTERPRETED,
     )  # fmt: skip

@@ -78,7 +78,7 @@ def read(x, front, scale, channels, inside, FRONT: tl.constexpr):
 
 
 @triton.jit
-def _sparse(x, front, scale, norms, threshold, channels, inside, NORMS: tl.constexpr, FRONT: tl.constexpr):
+def sparse(x, front, scale, norms, threshold, channels, inside, NORMS: tl.constexpr, FRONT: tl.constexpr):
     """s(x) at `channels`, and which of them are kept."""
     value = read(x, front, scale, channels, inside, FRONT)
     norm = tl.load(norms + channels, mask=inside, other=0.0) if NORMS else 1.0
@@ -92,7 +92,7 @@ def masked(x, table, front, scale, norms, threshold, start, end, m, columns, ROW
     """Sum over the kept channels of start..end, tile by tile: (COLUMNS,). A row that is dropped is not read."""
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     rows = start + tl.arange(0, ROWS)
-    value, keep = _sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
+    value, keep = sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
     for _ in range(start, end, ROWS):
         weight = tl.load(
             table + rows.to(tl.int64)[:, None] * m + columns[None, :], mask=keep[:, None], other=0.0,
@@ -101,7 +101,7 @@ def masked(x, table, front, scale, norms, threshold, start, end, m, columns, ROW
         zero = in_flight(INTERPRETED)
         now = value + zero.to(tl.float32)
         rows += ROWS
-        value, keep = _sparse(x + zero, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
+        value, keep = sparse(x + zero, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
         sums += weight.to(tl.float32) * now[:, None]
     return tl.sum(sums, axis=0)
 
@@ -141,20 +141,14 @@ def places_of(keep, VOTES: tl.constexpr):
 
 
 @triton.jit
-def list_kept(x, front, scale, norms, threshold, start, end, entries, TOKENS: tl.constexpr, LIST: tl.constexpr,
-              NORMS: tl.constexpr, FRONT: tl.constexpr, VOTES: tl.constexpr):  # fmt: skip
-    """Writes the channels of start..end that any token keeps to `entries`, `LIST` at a time; how many there are.
-    scale: a scalar, or a vector for x, pointers, of several tokens."""
+def list_kept(x, front, scale, norms, threshold, start, end, entries, LIST: tl.constexpr, NORMS: tl.constexpr,
+              FRONT: tl.constexpr, VOTES: tl.constexpr):  # fmt: skip
+    """Writes the kept channels of start..end to `entries`, `LIST` at a time; how many there are."""
     count = 0
     for begin in range(start, end, LIST):
         rows = begin + tl.arange(0, LIST)
-        if TOKENS == 1:
-            _, wanted = _sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
-            keep = wanted.to(tl.int32)
-        else:
-            _, own = _sparse(x, front, scale[:, None], norms, threshold, rows[None, :], (rows < end)[None, :], NORMS,
-                             FRONT)  # fmt: skip
-            keep = tl.max(own.to(tl.int32), axis=0)
+        _, wanted = sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
+        keep = wanted.to(tl.int32)
         place, found = places_of(keep, VOTES)
         tl.store(entries + count + place, rows, mask=keep != 0)
         count += found
@@ -194,26 +188,8 @@ def listed(x, table, front, scale, entries, count, m, columns, ROWS: tl.constexp
 
 
 @triton.jit
-def batched(x, table, front, scale, norms, threshold, entries, count, m, columns, PAD: tl.constexpr,
-            ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
-            INTERPRETED: tl.constexpr):  # fmt: skip
-    """The same for several tokens, x (PAD, 1) pointers and scale (PAD,): (PAD, COLUMNS), over a list of the channels
-    that any of them keeps."""
-    sums = tl.zeros((PAD, COLUMNS), tl.float32)
-    position = tl.arange(0, ROWS)
-    for _ in range(0, count, ROWS):
-        inside = position < count
-        row = tl.load(entries + position, mask=inside, other=0)
-        weight = tl.load(table + row.to(tl.int64)[:, None] * m + columns[None, :], eviction_policy="evict_first")
-        value, _ = _sparse(x, front, scale[:, None], norms, threshold, row[None, :], inside[None, :], NORMS, FRONT)
-        sums += product(value, weight, INTERPRETED)
-        position += ROWS
-    return sums
-
-
-@triton.jit
 def product(values, weight, INTERPRETED: tl.constexpr):
-    """values (PAD, ROWS) in float32 times weight (ROWS, COLUMNS), at the precision of the weight."""
+    """values (PAD, ROWS), rounded to what the weight is stored in, times weight (ROWS, COLUMNS)."""
     if INTERPRETED:  # which takes the bits of bfloat16 for integers
         return tl.dot(values.to(weight.dtype).to(tl.float32), weight.to(tl.float32), input_precision="ieee")
     return tl.dot(values.to(weight.dtype), weight, input_precision="ieee")
@@ -246,8 +222,10 @@ def low_rank(A, z, ranks, tile, m, r, segment, segments, stretches, columns, fla
         value = _z(z, 0, rank, used, segment, segments, stretches, r, STRETCHES)
         return tl.sum(weight.to(tl.float32) * value[:, None], axis=0)
     else:
-        token = tl.minimum(tl.arange(0, PAD), TOKENS - 1)[:, None]
-        value = _z(z, token, rank[None, :], used, segment, segments, stretches, r, STRETCHES)
+        token = tl.arange(0, PAD)[:, None]
+        value = _z(
+            z, token, rank[None, :], tl.where(token < TOKENS, used, 0), segment, segments, stretches, r, STRETCHES
+        )
         return product(value, weight, INTERPRETED)
 
 
@@ -278,7 +256,7 @@ def list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS: tl
     tiles = 0
     place = tl.arange(0, 128)
     for begin in range(start, end, 128):
-        _, wanted = _sparse(x, front, scale, norms, threshold, begin + place, begin + place < end, NORMS, FRONT)
+        _, wanted = sparse(x, front, scale, norms, threshold, begin + place, begin + place < end, NORMS, FRONT)
         at, count = places_of(wanted.to(tl.int32), VOTES)
         own, whole = entries + tiles * ROWS, (count + ROWS - 1) // ROWS * ROWS
         tl.store(own + at, begin + place, mask=wanted)
@@ -370,7 +348,7 @@ def _channels(x, front, scale, norms, threshold, entries, start, end, number, ti
             value = tl.where(keep, read(x, front, scale, row, keep, FRONT), 0.0)
         else:
             row = start + place
-            value, keep = _sparse(x, front, scale, norms, threshold, row, row < end, NORMS, FRONT)
+            value, keep = sparse(x, front, scale, norms, threshold, row, row < end, NORMS, FRONT)
         rows, values, keeps = rows + (row,), values + (value,), keeps + (keep,)
     if LISTED:
         group = tl.load(entries + position, mask=number < tiles, other=start) // 128

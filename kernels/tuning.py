@@ -27,6 +27,11 @@ KINDS = {
     "int4": ((128, 16, 1, True), (128, 32, 1, True), (256, 16, 1, True), (128, 32, 1, False)),
 }
 """Storage -> columns, rows, warps and whether listed. Rows of 64 to 256 bytes, as many in flight as registers hold."""
+SEVERAL = {
+    "16 bit": ((64, 32, 2, True), (128, 32, 2, True), (128, 64, 4, True)),
+    "32 bit": ((64, 16, 2, True), (64, 32, 2, True), (64, 32, 4, True)),
+}
+"""The same for several tokens, whose tiles wait in shared memory."""
 SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
 PROGRAMS = (512, 8192)
 """Of a launch: fewer leave processors idle, more have too little to do for what their sums cost."""
@@ -42,12 +47,11 @@ def storage(packed: Packed) -> str:
 
 
 def candidates(packed: Packed, tokens: int = 1) -> list:
-    """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one, and
-    several tokens' channels are always listed."""
+    """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one."""
     from kernels.triton_gemv import Configuration, grid_of
 
-    kinds = [x for x in KINDS[storage(packed)] if not any(columns % x[0] for columns in packed.padded)]
-    kinds = [x for x in kinds if x[3]] if tokens > 1 else kinds
+    kinds = (KINDS if tokens == 1 else SEVERAL)[storage(packed)]
+    kinds = [x for x in kinds if not any(columns % x[0] for columns in packed.padded)]
     found = [
         Configuration(columns, rows, splits, warps, listed)
         for (columns, rows, warps, listed), splits in product(kinds, SPLITS)

@@ -22,7 +22,7 @@ from kernels import triton_attention, triton_gemv, triton_neurons
 from kernels.packing import Packed, Segment, pack
 from kernels.quantized import GROUP, Quantized
 from kernels.triton_gemv import Configuration
-from kernels.tuning import KINDS
+from kernels.tuning import KINDS, SEVERAL
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
          torch.int64: "i64"}  # fmt: skip
@@ -106,14 +106,14 @@ def launches() -> Iterator[tuple[str, object, dict, dict, dict]]:
     """(what, kernel, arguments, constants, options) of all that a decoder can ask for."""
     for dtype, int4 in product((torch.float32, torch.float16, torch.bfloat16), (False, True)):
         name = "int4 " * int4 + TYPES[dtype]
-        kinds = KINDS["int4" if int4 else f"{8 * dtype.itemsize} bit"]
-        for i, (columns, rows, warps, listed) in enumerate(kinds):
+        storage = "int4" if int4 else f"{8 * dtype.itemsize} bit"
+        kinds = [(1, x) for x in KINDS[storage]] + [(t, x) for t in (4, 16) for x in SEVERAL.get(storage, ())]
+        for i, (tokens, (columns, rows, warps, listed)) in enumerate(kinds):
             configuration = Configuration(columns, rows, 16, warps, listed)
-            for tokens in (1,) if int4 else (1, 4):
-                given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + tokens) % 3)
-                most = triton_gemv.most_registers(packed_of(dtype, int4, False, 1), configuration)
-                options = {"num_warps": warps} | ({"maxnreg": most} if most else {})
-                yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, options
+            given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + tokens) % 3)
+            most = triton_gemv.most_registers(packed_of(dtype, int4, False, 1), configuration)
+            options = {"num_warps": warps} | ({"maxnreg": most} if most else {})
+            yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, options
         if not int4:
             for span, window, kv in ((512, False, 32), (4096, True, 8)):
                 given = attention(dtype, span, window, kv)
