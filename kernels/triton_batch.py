@@ -72,7 +72,8 @@ def listed(table, entries, values, stride, count, m, columns, TOKENS: tl.constex
 
 @triton.jit
 def z_part(x, B, front, scales, norms, threshold, n, r, segment, ranks, first, start, end, TOKENS: tl.constexpr,
-           TOGETHER: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
+           TOGETHER: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr,
+           FRONT: tl.constexpr):  # fmt: skip
     """`triton_tiles.z_part` of TOGETHER tokens from `first` on, the last one again beyond: a tuple of (RANKS,)."""
     rows = B + (segment * r + ranks).to(tl.int64)[:, None] * n
     sums = ()

@@ -51,7 +51,7 @@ class Configuration:
 
     columns: of a block. rows: of a tile. splits: stretches of channels per block of columns.
     warps: per program. listed: kept channels are compacted into a list first, so that all loads of a tile are in
-    flight; else tiles are masked.
+    flight; else tiles are masked; those of several tokens always are.
     """
 
     columns: int = 64
@@ -302,7 +302,7 @@ class Grid:
 
     @property
     def together(self) -> int:
-        """Tokens that a program takes at once where it can choose."""
+        """Tokens whose z a program computes, or whose parts it adds up, at once."""
         return min(MOST_TOGETHER, triton.next_power_of_2(self.tokens))
 
     @property
@@ -347,7 +347,7 @@ def _up(value: int, multiple: int) -> int:
 
 @dataclass
 class Workspace:
-    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches), lists and, for several tokens,
+    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches), lists and, of several tokens,
     s(x) there. For one stream."""
 
     partial: Tensor

@@ -27,14 +27,15 @@ KINDS = {
     "int4": ((128, 16, 1, True), (128, 32, 1, True), (256, 16, 1, True), (128, 32, 1, False)),
 }
 """Storage -> columns, rows, warps and whether listed. Rows of 64 to 256 bytes, as many in flight as registers hold."""
-SEVERAL = {
-    "16 bit": ((64, 32, 2, True), (128, 32, 2, True), (128, 64, 4, True)),
-    "32 bit": ((64, 16, 2, True), (64, 32, 2, True), (64, 32, 4, True)),
-}
-"""The same for several tokens, whose tiles wait in shared memory."""
 SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
 PROGRAMS = (512, 8192)
 """Of a launch: fewer leave processors idle, more have too little to do for what their sums cost."""
+SEVERAL = {
+    "16 bit": ((128, 32, 2, True), (256, 32, 4, True)),
+    "32 bit": ((64, 32, 2, True), (64, 32, 4, True)),
+}
+"""`KINDS` for several tokens, whose tiles wait in shared memory and whose lists take a program longer."""
+SEVERAL_SPLITS = (4, 6, 8, 10, 12, 16, 24)
 FILE = "kernels.json"
 """In a cache folder: a configuration under each key."""
 _UNSAVED: dict[str, dict] = {}
@@ -50,15 +51,15 @@ def candidates(packed: Packed, tokens: int = 1) -> list:
     """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one."""
     from kernels.triton_gemv import Configuration, grid_of
 
-    kinds = (KINDS if tokens == 1 else SEVERAL)[storage(packed)]
-    kinds = [x for x in kinds if not any(columns % x[0] for columns in packed.padded)]
+    kinds, splits, least = (KINDS, SPLITS, PROGRAMS[0]) if tokens == 1 else (SEVERAL, SEVERAL_SPLITS, 0)
+    kinds = [x for x in kinds[storage(packed)] if not any(columns % x[0] for columns in packed.padded)]
     found = [
-        Configuration(columns, rows, splits, warps, listed)
-        for (columns, rows, warps, listed), splits in product(kinds, SPLITS)
-        if PROGRAMS[0] <= sum(packed.padded) // columns * splits <= PROGRAMS[1] and splits <= packed.channels // 64
+        Configuration(columns, rows, split, warps, listed)
+        for (columns, rows, warps, listed), split in product(kinds, splits)
+        if least <= sum(packed.padded) // columns * split <= PROGRAMS[1] and split <= packed.channels // 64
     ]
-    found = found or [Configuration(*kind[:2], SPLITS[0], *kind[2:]) for kind in kinds]
-    return list(dict.fromkeys(replace(x, splits=grid_of(packed, x).splits) for x in found))
+    found = found or [Configuration(*kind[:2], splits[0], *kind[2:]) for kind in kinds]
+    return list(dict.fromkeys(replace(x, splits=grid_of(packed, x, tokens).splits) for x in found))
 
 
 def cache_path() -> Path:

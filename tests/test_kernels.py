@@ -152,15 +152,15 @@ def test_the_plain_product_of_a_table(problem):
 @pytest.mark.parametrize("shard", range(20 if GPU else 2))
 def test_one_launch_on_a_gpu(shard):
     """1,000 draws on a GPU and 200 under the interpreter, in shards, which `--dist worksteal` compiles side by side."""
-    drawn = given(problems(), st.booleans(), st.integers(1, 4), st.sampled_from([64, 128]))
+    drawn = given(problems(), st.booleans(), st.integers(1, 4), st.sampled_from([64, 128]), st.sampled_from([1, 2, 4]))
     seed(shard)(settings(max_examples=50 if GPU else 100)(drawn(one_launch)))()
 
 
-def one_launch(problem, listed, splits, columns):
-    """Twice in one workspace: the same bits, and nothing left behind in the flags."""
+def one_launch(problem, listed, splits, columns, warps):
+    """Twice in one workspace: the same bits, and nothing left behind in the flags. warps: where several tokens are."""
     x, segments, gated = problem
     packed = pack([to(one) for one in segments])
-    configuration = Configuration(columns, columns // 4, splits, 1, listed)
+    configuration = Configuration(columns, columns // 4, splits, warps if len(x) > 1 else 1, listed)
     work = triton_gemv.workspace(packed, configuration, len(x))
     first, second = (triton_gemv.gemv(x.to(DEVICE), packed, gated, configuration, work) for _ in range(2))
     assert torch.equal(first, second) and not work.flags.any()
@@ -729,18 +729,18 @@ def test_a_model_of_packed_linears_is_held_once():
     assert pack([one] * 3).nbytes < 1.02 * 3 * asked
 
 
-@pytest.mark.parametrize("int4", [False, True])
-def test_candidates_are_distinct_grids(int4):
+@pytest.mark.parametrize(("int4", "tokens"), [(False, 1), (True, 1), (False, 4)])
+def test_candidates_are_distinct_grids(int4, tokens):
     """A row names the splits that ran, and none is timed twice."""
     weight = torch.empty(4096, 11008, dtype=torch.bfloat16, device="meta")
     if int4:
         weight = quantized.Quantized(weight.to(torch.uint8), weight[:, ::128])
     packed = pack([Segment(weight, 0.5)])
-    found = tuning.candidates(packed)
-    grids = [triton_gemv.grid_of(packed, x) for x in found]
+    found = tuning.candidates(packed, tokens)
+    grids = [triton_gemv.grid_of(packed, x, tokens) for x in found]
     assert len(found) == len(set(found)) > 5
     assert [grid.splits for grid in grids] == [x.splits for x in found]
-    assert {x.splits for x in found if x.columns == 128} >= ({43, 86} if int4 else {16, 32})
+    assert {x.splits for x in found if x.columns == 128} >= ({43, 86} if int4 else {16, 32} if tokens == 1 else {12, 16})
 
 
 @pytest.mark.parametrize("place", ["new", "file/in"])
