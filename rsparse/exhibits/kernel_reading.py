@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kernels.gathering import gathered_tokens
+from kernels.gathering import MOST, gathered_tokens
 from kernels.processors import shared
 from kernels.shapes import SIZES
 from rsparse.exhibits.gains import listed
@@ -242,7 +242,7 @@ def batch_table(own: pd.DataFrame, union: float) -> pd.DataFrame:
 
 
 def _gathers(sparsity: float, batch: float, union: float) -> str:
-    return "yes" if batch <= gathered_tokens(sparsity, int(batch), union) else "no"
+    return "yes" if batch <= gathered_tokens(sparsity, union=union) else "no"
 
 
 def batch_points(own: pd.DataFrame) -> pd.DataFrame:
@@ -263,7 +263,7 @@ def batch_reading(own: pd.DataFrame, union: float) -> str:
     cells = [f"{row['tokens']} tokens at {row['sparsity of a token (%)']:.0f}%" for _, row in pays.iterrows()]
     words = f"For several tokens ours is faster at {listed(cells)}" if cells else "For several tokens ours is slower"
     words += f", of {len(table)} cells timed. " if cells else f" in all of the {len(table)} cells timed. "
-    words += f"The library gathers where the tokens want at most {union:.0%} of the rows; "
+    words += f"The library gathers where at most {MOST} tokens want at most {union:.0%} of the rows; "
     words += "every cell agrees." if wrong.empty else f"{len(wrong)} of them say otherwise."
     return f"{words} {_missing(table)}"
 
