@@ -8,8 +8,8 @@ block of Llama-3-8B in bfloat16 were, by their geometric mean over torch's dense
 tokens of sparsity 0.5, which want 75% of the rows, and 0.84 for four, which want 94%
 (data/results/kernels/h200/batch-llama-3-8b.json)."""
 MOST = 4
-"""Tokens: eight of sparsity 0.9 want 57% of the rows, and took longer there (0.94), for each of them is listed and added
-up by itself."""
+"""Tokens: eight of sparsity 0.9 want 57% of the rows, and took longer there (0.94), for each of them is listed, and
+added up, by itself."""
 
 
 def gathered_tokens(sparsity: float, most: int = MOST, union: float = UNION) -> int:
