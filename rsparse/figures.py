@@ -762,7 +762,7 @@ def gathering(points: pd.DataFrame, union: float) -> Figure:
     look = {"color": "#666666", "linestyle": (0, (1, 2)), "linewidth": 2}
     axis.plot(wanted, 100 / wanted, label="all rows over rows wanted", **look)
     axis.axhline(1, color="black", linewidth=1, linestyle=":", label="as fast as torch")
-    axis.axvline(100 * union, color="black", linewidth=1, linestyle="--", label="several tokens: gathered left of this")
+    axis.axvline(100 * union, color="black", linewidth=1, linestyle="--", label="2 to 4 tokens: gathered left of this")
     axis.set(xlabel="rows that the tokens want together (%)", ylabel="torch's time over ours\n(geometric mean)")
     axis.set_ylim(0, 1.15 * points["value"].max())
     _legend_below(figure, axis, "")
