@@ -13,7 +13,8 @@ import triton.language as tl
 from kernels import triton_tiles as tiles
 
 STAGES = tl.constexpr(5)
-"""Tiles in flight and in use, of a loop whose loads wait for the list's: two of weights."""
+"""Of the loop over tiles. A tile's weights wait for its list, which takes half of them: two tiles of weights are held.
+"""
 
 
 @triton.jit

@@ -100,8 +100,8 @@ def _gemv(
     if CHAINED:
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
-        _z(x, B, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS, TOGETHER,
-           SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
+        _leave_z(x, B, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS, TOGETHER,
+                 SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
         tl.debug_barrier()
         tl.atomic_add(flags, 1, sem="release")
         if CHAINED:
@@ -141,10 +141,11 @@ def _gemv(
 
 
 @triton.jit
-def _z(x, B, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
-       TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, WIDTH: tl.constexpr,
-       Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
-    """Leaves z of some ranks over a stretch of channels, of one token or of TOGETHER. index: of the program."""
+def _leave_z(x, B, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
+             TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
+             WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr,
+             PLACES: tl.constexpr):  # fmt: skip
+    """z of some ranks over a stretch of channels, of one token or of TOGETHER. index: of the program."""
     per_tokens, per_segment = z_stretches * z_blocks, tl.cdiv(r, Z_RANKS)
     part, rest = index % per_tokens // z_blocks, index % z_blocks
     segment = rest // per_segment
@@ -178,11 +179,11 @@ def _sparse_path(
     own = norms + segment * n if NORMS else norms
     if TOKENS > 1:
         length = tl.multiple_of(stretch + ROWS, 16)  # so that loads of a list are seen to be wide
-        entries, listed = scratch + number * length, values + number * length * TOKENS
+        entries, beside = scratch + number * length, values + number * length * TOKENS
         scales = batch.scales_of(x, front, n, eps, places, 0, TOKENS, TOKENS, FRONT, NORM_WIDTH, PLACES)
-        count = batch.list_kept(x, front, scales, own, threshold, n, start, end, entries, listed, length, TOKENS, ROWS,
+        count = batch.list_kept(x, front, scales, own, threshold, n, start, end, entries, beside, length, TOKENS, ROWS,
                                 LIST, NORMS, FRONT, VOTES)  # fmt: skip
-        sums = batch.listed(table, entries, listed, length, count, m, columns, TOKENS, PAD, ROWS, COLUMNS, INTERPRETED)
+        sums = batch.listed(table, entries, beside, length, count, m, columns, TOKENS, PAD, ROWS, COLUMNS, INTERPRETED)
         _leave(out, sums, m, columns, TOKENS, PAD)
     else:
         entries = scratch + number * stretch
@@ -329,6 +330,10 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
     n, r, segments, columns = packed.channels, packed.B.shape[1], len(packed.widths), configuration.columns
     if any(width % columns for width in packed.padded):
         raise ValueError(f"columns is {columns}; expected a divisor of the segments' {packed.padded}")
+    rows, warps = configuration.rows, configuration.warps
+    if tokens > 1 and (rows < 16 or rows * columns > 8192 or columns * MOST_TOGETHER > 2048 * warps):
+        raise ValueError(f"{configuration}; expected at least 16 rows, tiles of at most 8192 weights and "
+                         f"{2048 // MOST_TOGETHER} columns a warp for several tokens")  # fmt: skip
     if int4 and (columns < COLUMNS or not 8 <= configuration.rows <= GROUP or configuration.warps > 1):
         raise ValueError(f"{configuration}; expected at least {COLUMNS} columns, 8 to {GROUP} rows and 1 warp for INT4")
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)

@@ -29,13 +29,14 @@ KINDS = {
 """Storage -> columns, rows, warps and whether listed. Rows of 64 to 256 bytes, as many in flight as registers hold."""
 SPLITS = (6, 8, 12, 16, 24, 32, 56, 112)
 PROGRAMS = (512, 8192)
-"""Of a launch: fewer leave processors idle, more have too little to do for what their sums cost."""
+"""Of a launch: fewer leave processors idle, more have too little to do for what their sums cost. For several tokens, of
+larger programs, there is no least."""
 SEVERAL = {
     "16 bit": ((128, 32, 2, True), (256, 32, 4, True)),
     "32 bit": ((64, 32, 2, True), (64, 32, 4, True)),
 }
 """`KINDS` for several tokens, whose tiles wait in shared memory and whose lists take a program longer."""
-SEVERAL_SPLITS = (4, 6, 8, 10, 12, 16, 24)
+SEVERAL_SPLITS = (3, 4, 6, 8, 10, 12, 16, 24)
 FILE = "kernels.json"
 """In a cache folder: a configuration under each key."""
 _UNSAVED: dict[str, dict] = {}
@@ -48,9 +49,12 @@ def storage(packed: Packed) -> str:
 
 
 def candidates(packed: Packed, tokens: int = 1) -> list:
-    """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one."""
+    """Configurations worth trying, each grid once: INT4's stretches are whole groups, so that some splits are one.
+    ValueError for several tokens of INT4."""
     from kernels.triton_gemv import Configuration, grid_of
 
+    if tokens > 1 and storage(packed) not in SEVERAL:
+        raise ValueError(f"{tokens} tokens; expected 1 for {storage(packed)}")
     kinds, splits, least = (KINDS, SPLITS, PROGRAMS[0]) if tokens == 1 else (SEVERAL, SEVERAL_SPLITS, 0)
     kinds = [x for x in kinds[storage(packed)] if not any(columns % x[0] for columns in packed.padded)]
     found = [
@@ -87,7 +91,8 @@ def tune(weights: Sequence[Packed], gated: bool, x: torch.Tensor, sparsity: floa
 def configuration_for(packed: Packed, gated: bool, shares: Sequence[float],
                       norm: tuple[torch.Tensor, float] | None = None, tokens: int = 1):  # fmt: skip
     """What `tune` finds for so many tokens on weights of the shape of `packed` of which segment i reads `shares[i]` of
-    its channels for each: measured on random copies. norm: that x passes first, which shifts what is fastest."""
+    its channels for each: measured on `packed` and random copies. norm: that x passes first, which shifts what is
+    fastest."""
     from kernels.triton_gemv import Configuration
 
     sparsity = 1 - sum(s * m for s, m in zip(shares, packed.widths, strict=True)) / packed.rows
@@ -96,8 +101,8 @@ def configuration_for(packed: Packed, gated: bool, shares: Sequence[float],
     normal = torch.distributions.Normal(0.0, 1.0)
     thresholds = normal.icdf(1 - torch.tensor(shares).clamp(0, 1) / 2).tolist()  # of |x|, x normal
     x = torch.randn(tokens, packed.channels, device=packed.table.device).to(packed.dtype)
-    copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda"))]
-    return tune(copies, gated, x, sparsity, norm)
+    copies = [_random(packed, thresholds) for _ in range(timing.copies(packed.table.nbytes, "cuda") - 1)]
+    return tune([replace(packed.with_thresholds(thresholds), norms=None), *copies], gated, x, sparsity, norm)
 
 
 def _random(packed: Packed, thresholds: Sequence[float]) -> Packed:

@@ -108,9 +108,10 @@ def launches() -> Iterator[tuple[str, object, dict, dict, dict]]:
         name = "int4 " * int4 + TYPES[dtype]
         storage = "int4" if int4 else f"{8 * dtype.itemsize} bit"
         kinds = [(1, x) for x in KINDS[storage]] + [(t, x) for t in (4, 16) for x in SEVERAL.get(storage, ())]
+        kinds += [(4, (64, 32, 1, False))] * (not int4)  # what a module has that nobody tuned
         for i, (tokens, (columns, rows, warps, listed)) in enumerate(kinds):
             configuration = Configuration(columns, rows, 16, warps, listed)
-            given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + tokens) % 3)
+            given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + 1) % 3)
             most = triton_gemv.most_registers(packed_of(dtype, int4, False, 1), configuration)
             options = {"num_warps": warps} | ({"maxnreg": most} if most else {})
             yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, options

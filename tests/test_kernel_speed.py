@@ -203,7 +203,7 @@ def test_batches_say_where_gathering_pays_and_what_is_missing():
     table = kernel_reading.batch_table(own, 0.5)
     assert list(table["tokens"]) == [1, 2, 2, 4] and set(table["shape"]) == {"llama-2-7b"}
     assert list(table["rows wanted together (%)"]) == pytest.approx([50, 75, 43.75, 68.359375])
-    assert list(table["gathered by the library"]) == ["yes", "no", "yes", "no"]
+    assert list(table["gathered by the rule"]) == ["yes", "no", "yes", "no"]
     words = kernel_reading.batch_reading(own, 0.5)
     assert "faster at 2 tokens at 75%, of 3 cells timed" in words and "every cell agrees" in words
     assert "missing are 4 at 50%, 8 at 50%, 8 at 75%, 2 at 90%, 4 at 90% and 8 at 90%" in words

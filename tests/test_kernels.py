@@ -167,6 +167,22 @@ def one_launch(problem, listed, splits, columns, warps):
     check(first.cpu(), *problem)
 
 
+@pytest.mark.parametrize(("dtype", "warps"), [(torch.bfloat16, 1), (torch.float16, 2), (torch.float32, 4)], ids=str)
+def test_lists_of_several_passes_and_tokens_of_several_programs(dtype, warps):
+    """Channels that no list takes at once, z of two stretches, more tokens than a program adds up, and then fewer in
+    the same workspace."""
+    generator = torch.Generator().manual_seed(7)
+    one = segment(150, 2500, 9, 0.7, dtype, generator, norms=True, bias=True)
+    packed, cut = pack([to(one)]), Configuration(64, 16, 2, warps, True)
+    assert triton_gemv.grid_of(packed, cut, 6).stretch > triton_gemv.LIST * warps
+    work = triton_gemv.workspace(packed, cut, 6)
+    for tokens in (6, 1, 3, 2):
+        x = torch.randn(tokens, 2500, generator=generator).to(dtype)
+        found = triton_gemv.gemv(x.to(DEVICE), packed, False, cut, work).cpu()
+        check(found, x, [one], False)
+        assert not work.flags.any()
+
+
 def to(one: Segment) -> Segment:
     """On the device that runs Triton."""
     weight = one.weight
@@ -393,6 +409,10 @@ def test_what_cannot_be_gated_or_cut():
             Configuration(**{field: 0})
     with pytest.raises(ValueError, match="rows is 24"):
         Configuration(rows=24)
+    for wrong in (Configuration(64, 8), Configuration(128, 128)):
+        triton_gemv.grid_of(pack([one]), wrong)
+        with pytest.raises(ValueError, match="for several tokens"):
+            triton_gemv.grid_of(pack([one]), wrong, 2)
 
 
 # A norm in front, a residual behind
@@ -419,9 +439,9 @@ def test_a_norm_in_front_and_a_residual_behind(tokens, path):
 
 @pytest.mark.parametrize(
     ("tokens", "dtype", "listed"),
-    list(itertools.product([1, 3], EPS, [False, True])) if GPU else  # under the interpreter every pair of two of them
+    list(itertools.product([1, 3, 6], EPS, [False, True])) if GPU else  # interpreted: every pair of two
     [(1, torch.float32, False), (3, torch.float16, False), (1, torch.bfloat16, True), (3, torch.float32, True),
-     (1, torch.float16, True), (3, torch.bfloat16, False)],
+     (1, torch.float16, True), (3, torch.bfloat16, False), (6, torch.float16, True)],
 )  # fmt: skip
 def test_a_launch_leaves_what_the_next_norm_needs(tokens, dtype, listed, monkeypatch):
     """o with its residual, then gate and up behind a norm of their sum: as modules that know of each other, on a GPU's
@@ -434,11 +454,11 @@ def test_a_launch_leaves_what_the_next_norm_needs(tokens, dtype, listed, monkeyp
     norm = (torch.rand(150, generator=generator) + 0.5).to(dtype)
     packs = [pack([to(one) for one in parts]) for parts in ([o], pair)]
     cut = Configuration(32, 16, 3, 1, listed)
-    first = Gemv(packs[0], configuration=cut, most_tokens=4)
-    second = Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 4, after=first)
-    alone = Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 4)
-    like = Gemv(packs[0], configuration=cut, most_tokens=4, like=first)
-    Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 4, after=like)
+    first = Gemv(packs[0], configuration=cut, most_tokens=6)
+    second = Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 6, after=first)
+    alone = Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 6)
+    like = Gemv(packs[0], configuration=cut, most_tokens=6, like=first)
+    Gemv(packs[1], True, (norm.to(DEVICE), 1e-5), cut, 6, after=like)
     assert like.left[0] is first.left[0] and second.left == ()
     for scale in (1.0, 30.0):  # nothing of the call before is left
         y = first(x.to(DEVICE), scale * residual.to(DEVICE))
@@ -449,7 +469,7 @@ def test_a_launch_leaves_what_the_next_norm_needs(tokens, dtype, listed, monkeyp
         assert wrong_by(alone(y).cpu(), exact(normed.float(), pair, True)) < 60 * EPS[dtype]  # a mask may flip
     with pytest.raises(ValueError, match="expected one, which a norm can read"):
         Gemv(pack([to(segment(96, 80, 0, 0.5, dtype, generator))]), False,
-             (norm[:80].to(DEVICE), 1e-5), cut, 4, after=Gemv(packs[1], configuration=cut))  # fmt: skip
+             (norm[:80].to(DEVICE), 1e-5), cut, 6, after=Gemv(packs[1], configuration=cut))  # fmt: skip
 
 
 # INT4
@@ -742,6 +762,9 @@ def test_candidates_are_distinct_grids(int4, tokens):
     assert [grid.splits for grid in grids] == [x.splits for x in found]
     some = {43, 86} if int4 else {16, 32} if tokens == 1 else {12, 16}
     assert {x.splits for x in found if x.columns == 128} >= some
+    if int4:
+        with pytest.raises(ValueError, match="2 tokens; expected 1 for int4"):
+            tuning.candidates(packed, 2)
 
 
 @pytest.mark.parametrize("place", ["new", "file/in"])

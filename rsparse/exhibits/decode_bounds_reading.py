@@ -131,7 +131,7 @@ def reading(found: pd.DataFrame) -> str:
     judged, missed = found[found["met"].isin(["yes", "no"])], found[found["met"] == "no"]
     words = f"{(found['met'] == 'yes').sum()} of {len(judged)} bounds that were measured are met."
     if len(missed):
-        said = [f"{row['bound']}, {row['model']} in {row['storage']} on {row['device']}: {row['measured']:.2f} instead "
+        said = [f"{row['bound']}, {row['model']} in {row['storage']} on {row['device']}: {row['measured']:.4g} instead "
                 f"of {row['asked']}" for _, row in missed.iterrows()]  # fmt: skip
         words += f" Missed: {'; '.join(said)}."
     if absent := (found["met"] == "not measured").sum():

@@ -236,7 +236,7 @@ def batch_table(own: pd.DataFrame, union: float) -> pd.DataFrame:
             "shape": shape, "storage": dtype, "sparsity of a token (%)": 100 * sparsity, "tokens": int(batch),
             "rows wanted together (%)": 100 * (1 - sparsity**batch),
             "over torch": geometric_mean(part["over torch"]), "over our dense": geometric_mean(part["over ours dense"]),
-            "gathered by the library": _gathers(sparsity, batch, union),
+            "gathered by the rule": _gathers(sparsity, batch, union),
         })  # fmt: skip
     return pd.DataFrame(found)
 
@@ -259,11 +259,11 @@ def batch_reading(own: pd.DataFrame, union: float) -> str:
     table = batch_table(own, union)
     table = table[table["tokens"] > 1]
     pays = table[table["over torch"] > 1]
-    wrong = table[(table["over torch"] > 1) != (table["gathered by the library"] == "yes")]
+    wrong = table[(table["over torch"] > 1) != (table["gathered by the rule"] == "yes")]
     cells = [f"{row['tokens']} tokens at {row['sparsity of a token (%)']:.0f}%" for _, row in pays.iterrows()]
     words = f"For several tokens ours is faster at {listed(cells)}" if cells else "For several tokens ours is slower"
     words += f", of {len(table)} cells timed. " if cells else f" in all of the {len(table)} cells timed. "
-    words += f"The library gathers where at most {MOST} tokens want at most {union:.0%} of the rows; "
+    words += f"By the library's rule rows are gathered where at most {MOST} tokens want at most {union:.0%} of them; "
     words += "every cell agrees." if wrong.empty else f"{len(wrong)} of them say otherwise."
     return f"{words} {_missing(table)}"
 
