@@ -35,8 +35,8 @@ LEAST_TOKENS = 16
 MOST_TOGETHER = 4
 """Tokens whose z a program computes, or whose parts it adds up, at once: what registers hold."""
 MOST_REGISTERS = 128
-"""Of a thread where programs are one warp: a few spilled ones cost less than the warp that they would displace. INT4
-beside float32 is plain arithmetic, and needs more."""
+"""Of a thread where programs are one warp, for one token: a few spilled ones cost less than the warp that they would
+displace. INT4 beside float32 is plain arithmetic, and needs more."""
 Z_RANKS = tl.constexpr(4)
 """Ranks of a program that computes z."""
 Z_STRETCH = 2048
@@ -416,15 +416,15 @@ def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, w
     fixed = constants(packed, gated, configuration, grid, given)
     _gemv[(grid.programs,)](
         **given, **fixed, CHAINED=linked, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=linked,
-        maxnreg=most_registers(packed, configuration),
+        maxnreg=most_registers(packed, configuration, grid.tokens),
     )
     return y
 
 
-def most_registers(packed: Packed, configuration: Configuration) -> int | None:
+def most_registers(packed: Packed, configuration: Configuration, tokens: int = 1) -> int | None:
     """Of a thread, see MOST_REGISTERS; None for as many as it wants."""
     plain = packed.scales is not None and packed.dtype == torch.float32
-    return None if plain or configuration.warps > 1 else MOST_REGISTERS
+    return None if plain or tokens > 1 or configuration.warps > 1 else MOST_REGISTERS
 
 
 def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None, eps: float,

@@ -112,7 +112,7 @@ def launches() -> Iterator[tuple[str, object, dict, dict, dict]]:
         for i, (tokens, (columns, rows, warps, listed)) in enumerate(kinds):
             configuration = Configuration(columns, rows, 16, warps, listed)
             given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + 1) % 3)
-            most = triton_gemv.most_registers(packed_of(dtype, int4, False, 1), configuration)
+            most = triton_gemv.most_registers(packed_of(dtype, int4, False, 1), configuration, tokens)
             options = {"num_warps": warps} | ({"maxnreg": most} if most else {})
             yield f"{name} {tokens} {configuration.numbers()}", triton_gemv._gemv, *given, options
         if not int4:
