@@ -100,10 +100,8 @@ def _gemv(
     if CHAINED:
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
-        _leave_z(x, B, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS, TOGETHER,
-                 SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
-        tl.debug_barrier()
-        tl.atomic_add(flags, 1, sem="release")
+        _leave_z(x, B, ranks, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS,
+                 TOGETHER, SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
         if CHAINED:
             gdc_launch_dependents()
         return
@@ -120,28 +118,34 @@ def _gemv(
             LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
         )  # fmt: skip
     else:
-        sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, flags,
-                              z_programs, TOKENS, PAD, RANK_ROWS, STRETCHES, INTERPRETED)  # fmt: skip
+        sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, TOKENS, PAD,
+                              RANK_ROWS, STRETCHES, INTERPRETED)  # fmt: skip
         _leave(out, sums, m, columns, TOKENS, PAD)
-        left = tl.atomic_add(flags + 1, 1, sem="acq_rel")
-        if left == blocks * rank_tiles - 1:  # nobody waits for z any more
-            tl.store(flags, 0)
-            tl.store(flags + 1, 0)
     if CHAINED:
         gdc_launch_dependents()
-    tl.debug_barrier()
     parts = splits + rank_tiles
     place = block % first if GATED else block
-    arrived = tl.atomic_add(flags + 2 + place, 1, sem="acq_rel")
+    arrived = tl.atomic_add(flags + 1 + place, 1, sem="relaxed")
     if arrived == (2 * parts if GATED else parts) - 1:
-        tl.debug_barrier()
-        tl.store(flags + 2 + place, 0)
+        tl.store(flags + 1 + place, 0)
         _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment, m0, m1, m2, first,
                 second, blocks, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
+    if split >= splits:
+        left = tl.atomic_add(flags, 1, sem="relaxed")
+        if left == blocks * rank_tiles - 1:  # nobody waits for z any more
+            tl.store(flags, 0)
+            _empty(z, z_stretches * SEGMENTS * r * TOKENS)
 
 
 @triton.jit
-def _leave_z(x, B, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
+def _empty(words, count):
+    for begin in range(0, count, 512):
+        place = begin + tl.arange(0, 512)
+        tl.store(words + place, tl.full((512,), tiles.EMPTY, tl.int32), mask=place < count)
+
+
+@triton.jit
+def _leave_z(x, B, ranks, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
              TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
              WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr,
              PLACES: tl.constexpr):  # fmt: skip
@@ -150,21 +154,22 @@ def _leave_z(x, B, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_st
     part, rest = index % per_tokens // z_blocks, index % z_blocks
     segment = rest // per_segment
     own = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
+    used = tl.load(ranks + segment)  # others nobody waits for, nor empties what they leave
     begin, threshold = part * Z_STRETCH, tl.load(thresholds + segment)
     end, of_segment = tl.minimum(begin + Z_STRETCH, n), norms + segment * n if NORMS else norms
     out, stride = z + (part * SEGMENTS + segment) * r + own, z_stretches * SEGMENTS * r
     if TOKENS > 1:
         token = index // per_tokens * TOGETHER
         scales = batch.scales_of(x, front, n, eps, places, token, TOGETHER, TOKENS, FRONT, NORM_WIDTH, PLACES)
-        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, segment, own, token, begin, end, TOKENS,
+        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, used, segment, own, token, begin, end, TOKENS,
                               TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
         for i in tl.static_range(TOGETHER):
-            tl.store(out + (token + i) * stride, totals[i], mask=(own < r) & (token + i < TOKENS))
+            tiles.leave(out + (token + i) * stride, totals[i], (own < used) & (token + i < TOKENS))
     else:
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
-        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, segment, own, begin, end, Z_RANKS, WIDTH,
+        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, used, segment, own, begin, end, Z_RANKS, WIDTH,
                              NORMS, FRONT)  # fmt: skip
-        tl.store(out, total, mask=own < r)
+        tiles.leave(out, total, own < used)
 
 
 @triton.jit
@@ -195,20 +200,20 @@ def _sparse_path(
             count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES)
             sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
                                 INTERPRETED)  # fmt: skip
-            tl.store(out + columns, sums)
+            tiles.leave(out + columns, sums)
         else:
             sums = tiles.masked(x, table, front, scale, own, threshold, start, end, m, columns, ROWS, COLUMNS, NORMS,
                                 FRONT, INTERPRETED)  # fmt: skip
-            tl.store(out + columns, sums)
+            tiles.leave(out + columns, sums)
 
 
 @triton.jit
 def _leave(out, sums, m, columns, TOKENS: tl.constexpr, PAD: tl.constexpr):
     if TOKENS > 1:
         token = tl.arange(0, PAD)
-        tl.store(out + token[:, None] * m + columns[None, :], sums, mask=(token < TOKENS)[:, None])
+        tiles.leave(out + token[:, None] * m + columns[None, :], sums, (token < TOKENS)[:, None])
     else:
-        tl.store(out + columns, sums)
+        tiles.leave(out + columns, sums)
 
 
 @triton.jit
@@ -276,10 +281,8 @@ def _total(partial, bias, token, m, columns, within, inside, parts, TOKENS: tl.c
     else:
         total = tl.zeros((COLUMNS,), tl.float32)
         for begin in range(0, parts, PARTS):
-            part = begin + tl.arange(0, PARTS)
-            left = tl.load(partial + part[:, None] * m + columns[None, :], mask=(part < parts)[:, None], other=0.0,
-                           cache_modifier=".cg")  # fmt: skip
-            total += tl.sum(left, axis=0)
+            part = (begin + tl.arange(0, PARTS))[:, None]
+            total += tl.sum(tiles.collect(partial + part * m + columns[None, :], part < parts), axis=0)
     if BIAS:
         added = tl.load(bias + within, mask=inside, other=0.0)
         total += added if TOKENS == 1 else added[None, :]
@@ -370,9 +373,9 @@ def workspace(packed: Packed, configuration: Configuration, tokens: int = 1) -> 
     lists = [grid.blocks * grid.splits * grid.listing for grid in grids]
     values = max(x * grid.tokens if grid.tokens > 1 else 0 for x, grid in zip(lists, grids, strict=True))
     return Workspace(
-        torch.empty(partial, device=device),
-        torch.empty(max(1, z), device=device),
-        torch.zeros(2 + max(grid.blocks for grid in grids), dtype=torch.int32, device=device),
+        torch.full((partial,), tiles.EMPTY.value, dtype=torch.int32, device=device),
+        torch.full((max(1, z),), tiles.EMPTY.value, dtype=torch.int32, device=device),
+        torch.zeros(1 + max(grid.blocks for grid in grids), dtype=torch.int32, device=device),
         torch.empty(max(1, *lists), dtype=torch.int32, device=device),
         torch.empty(max(1, values), dtype=packed.dtype, device=device),
     )
