@@ -77,16 +77,16 @@ class Configuration:
 
 
 _NOT_SPECIALIZED = ["m0", "m1", "m2", "splits", "stretch", "rank_tiles", "z_programs", "z_blocks", "z_stretches",
-                    "blocks", "first", "second", "places"]  # fmt: skip
+                    "blocks", "first", "second", "places", "segments", "gated"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _gemv(
     x, table, A, B, scales, ranks, thresholds, norms, bias, front, residual, y, next, weighted, squares, partial, z,
     flags, scratch, values, eps, n, m, r, m0, m1, m2, splits, stretch, rank_tiles, z_programs, z_blocks, z_stretches,
-    blocks, first, second, places,
-    TOKENS: tl.constexpr, PAD: tl.constexpr, TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr,
-    BIAS: tl.constexpr, FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
+    blocks, first, second, places, segments, gated,
+    TOKENS: tl.constexpr, PAD: tl.constexpr, TOGETHER: tl.constexpr, NORMS: tl.constexpr,
+    BIAS: tl.constexpr, FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
     INT4: tl.constexpr, LISTED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, LIST: tl.constexpr, RANK_ROWS: tl.constexpr,
     PARTS: tl.constexpr, Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr,
@@ -100,8 +100,8 @@ def _gemv(
     if CHAINED:
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
-        _leave_z(x, B, ranks, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS,
-                 TOGETHER, SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
+        _leave_z(x, B, ranks, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, segments,
+                 TOKENS, TOGETHER, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
         if CHAINED:
             gdc_launch_dependents()
         return
@@ -118,23 +118,23 @@ def _gemv(
             LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
         )  # fmt: skip
     else:
-        sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, TOKENS, PAD,
+        sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, segments, z_stretches, columns, TOKENS, PAD,
                               RANK_ROWS, STRETCHES, INTERPRETED)  # fmt: skip
         _leave(out, sums, m, columns, TOKENS, PAD)
     if CHAINED:
         gdc_launch_dependents()
     parts = splits + rank_tiles
-    place = block % first if GATED else block
+    place = tl.where(gated > 0, block % first, block)
     arrived = tl.atomic_add(flags + 1 + place, 1, sem="relaxed")
-    if arrived == (2 * parts if GATED else parts) - 1:
+    if arrived == parts * (1 + gated) - 1:
         tl.store(flags + 1 + place, 0)
-        _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment, m0, m1, m2, first,
-                second, blocks, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
+        _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment * (1 - gated), m0, m1, m2,
+                first, second, blocks, gated, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
     if split >= splits:
         left = tl.atomic_add(flags, 1, sem="relaxed")
         if left == blocks * rank_tiles - 1:  # nobody waits for z any more
             tl.store(flags, 0)
-            _empty(z, z_stretches * SEGMENTS * r * TOKENS)
+            _empty(z, z_stretches * segments * r * TOKENS)
 
 
 @triton.jit
@@ -145,8 +145,8 @@ def _empty(words, count):
 
 
 @triton.jit
-def _leave_z(x, B, ranks, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
-             TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
+def _leave_z(x, B, ranks, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, segments,
+             TOKENS: tl.constexpr, TOGETHER: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
              WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr,
              PLACES: tl.constexpr):  # fmt: skip
     """z of some ranks over a stretch of channels, of one token or of TOGETHER. index: of the program."""
@@ -157,7 +157,7 @@ def _leave_z(x, B, ranks, thresholds, norms, front, eps, z, index, n, r, z_block
     used = tl.load(ranks + segment)  # others nobody waits for, nor empties what they leave
     begin, threshold = part * Z_STRETCH, tl.load(thresholds + segment)
     end, of_segment = tl.minimum(begin + Z_STRETCH, n), norms + segment * n if NORMS else norms
-    out, stride = z + (part * SEGMENTS + segment) * r + own, z_stretches * SEGMENTS * r
+    out, stride = z + (part * segments + segment) * r + own, z_stretches * segments * r
     if TOKENS > 1:
         token = index // per_tokens * TOGETHER
         scales = batch.scales_of(x, front, n, eps, places, token, TOGETHER, TOKENS, FRONT, NORM_WIDTH, PLACES)
@@ -218,33 +218,30 @@ def _leave(out, sums, m, columns, TOKENS: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, block, segment, m0, m1, m2, first, second,
-            blocks, TOKENS: tl.constexpr, TOGETHER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-            NEXT: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+            blocks, gated, TOKENS: tl.constexpr, TOGETHER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+            NEXT: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Outputs of all tokens at a block of columns, out of all parts."""
     if TOKENS == 1:
         _outputs(partial, bias, residual, y, next, weighted, squares, 0, m, parts, block, segment, m0, m1, m2, first,
-                 second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
+                 second, blocks, gated, TOKENS, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
     else:
         for begin in range(0, TOKENS, TOGETHER):
             token = begin + tl.arange(0, TOGETHER)
             _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2,
-                     first, second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
+                     first, second, blocks, gated, TOKENS, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
 
 
 @triton.jit
 def _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2, first,
-             second, blocks, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
-             GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+             second, blocks, gated, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+             NEXT: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Of one token, or of a vector of them. What is added or multiplied is loaded first, to come while the parts do."""
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    if GATED:
-        within, inside, start, width, of_bias = columns, columns < m0, 0, m0, bias
-    else:
-        before = tl.where(segment == 0, 0, tl.where(segment == 1, first, first + second)) * COLUMNS
-        start = tl.where(segment == 0, 0, tl.where(segment == 1, m0, m0 + m1))
-        within, width = columns - before, m0 + m1 + m2
-        inside = within < tl.where(segment == 0, m0, tl.where(segment == 1, m1, m2))
-        of_bias = bias + start if BIAS else bias
+    before = tl.where(segment == 0, 0, tl.where(segment == 1, first, first + second)) * COLUMNS
+    start = tl.where(segment == 0, 0, tl.where(segment == 1, m0, m0 + m1))
+    within, width = columns - before, tl.where(gated > 0, m0, m0 + m1 + m2)
+    inside = within < tl.where(segment == 0, m0, tl.where(segment == 1, m1, m2))
+    of_bias = bias + start if BIAS else bias
     if TOKENS == 1:
         place, wanted = start + within, inside
     else:
@@ -255,7 +252,7 @@ def _outputs(partial, bias, residual, y, next, weighted, squares, token, m, part
     if NEXT:  # of a single segment
         weight = tl.load(next + columns, mask=inside, other=0.0).to(tl.float32)
     total = _total(partial, of_bias, token, m, columns, within, inside, parts, TOKENS, BIAS, COLUMNS, PARTS)
-    if GATED:
+    if gated > 0:
         up = _total(partial, bias + m0 if BIAS else bias, token, m, first * COLUMNS + columns, columns, inside, parts,
                     TOKENS, BIAS, COLUMNS, PARTS)  # fmt: skip
         total = total * tl.sigmoid(total) * up
@@ -415,8 +412,8 @@ def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, w
     grid = grid_of(packed, configuration, len(x))
     y = torch.empty(len(x), packed.rows // 2 if gated else packed.rows, dtype=x.dtype, device=x.device)
     linked = chained(x.device)
-    given = arguments(x, packed, grid, work, y, front, eps, residual, before, next, after)
-    fixed = constants(packed, gated, configuration, grid, given)
+    given = arguments(x, packed, gated, grid, work, y, front, eps, residual, before, next, after)
+    fixed = constants(packed, configuration, grid, given)
     _gemv[(grid.programs,)](
         **given, **fixed, CHAINED=linked, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=linked,
         maxnreg=most_registers(packed, configuration, grid.tokens),
@@ -430,7 +427,7 @@ def most_registers(packed: Packed, configuration: Configuration, tokens: int = 1
     return None if plain or tokens > 1 or configuration.warps > 1 else MOST_REGISTERS
 
 
-def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None, eps: float,
+def arguments(x: Tensor, packed: Packed, gated: bool, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None, eps: float,
               residual: Tensor | None, before: Left | None = None, next: Tensor | None = None,
               after: Left | None = None) -> dict:  # fmt: skip
     """What a launch is given."""
@@ -446,10 +443,11 @@ def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor,
         r=packed.B.shape[1], m0=m0, m1=m1, m2=m2, splits=grid.splits, stretch=grid.stretch, rank_tiles=grid.rank_tiles,
         z_programs=grid.z_programs, z_blocks=grid.z_blocks, z_stretches=grid.z_stretches,
         blocks=grid.blocks, first=first, second=second, places=before.squares.shape[1] if before else 0,
+        segments=len(packed.widths), gated=int(gated),
     )  # fmt: skip
 
 
-def constants(packed: Packed, gated: bool, configuration: Configuration, grid: Grid, given: dict) -> dict:
+def constants(packed: Packed, configuration: Configuration, grid: Grid, given: dict) -> dict:
     """What a launch that is `given` arguments is compiled for, apart from dtypes."""
     front = 0 if given["front"] is None else tiles.LEFT.value if given["places"] else tiles.OWN.value
     least = 1 if packed.dtype == torch.float32 else LEAST_TOKENS
@@ -458,13 +456,13 @@ def constants(packed: Packed, gated: bool, configuration: Configuration, grid: G
     sub = max(1, 32 * configuration.warps * 16 // width)  # rows that a program's threads load at once
     rows, warps = configuration.rows, configuration.warps
     return dict(
-        TOKENS=grid.tokens, PAD=pad, TOGETHER=grid.together, SEGMENTS=len(packed.widths),
+        TOKENS=grid.tokens, PAD=pad, TOGETHER=grid.together,
         NORMS=packed.norms is not None, BIAS=packed.bias is not None, FRONT=front,
-        RESIDUAL=given["residual"] is not None, NEXT=given["next"] is not None, GATED=gated,
+        RESIDUAL=given["residual"] is not None, NEXT=given["next"] is not None,
         PLACES=triton.next_power_of_2(max(1, given["places"])), INT4=packed.scales is not None,
         LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=rows, SUB=min(sub, rows),
         LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows, PARTS=2048 * warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
-        STRETCHES=triton.next_power_of_2(max(1, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
+        STRETCHES=triton.next_power_of_2(max(8, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
         VOTES=warps == 1 and not INTERPRETED,
     )  # fmt: skip
