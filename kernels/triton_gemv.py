@@ -5,6 +5,10 @@ channels. The next ones, one per block of columns and stretch of channels, read 
 ones, one per block of columns and tile of ranks, read A^T's rows, which they load before they wait for z. Whoever is
 the last to arrive at a block of columns adds up what all have left there, in a fixed order: no floating-point atomics.
 
+Nothing is fenced: what programs leave for each other are words that tell by themselves whether they have come, see
+triton_tiles.leave, and that whoever reads them last empties. A fence would cost every program a trip to the L2 cache.
+What the linears of a block differ in is an argument where that costs nothing, so that they share their binaries.
+
 Waiting assumes that programs start in the order of their numbers, which the z programs come first in. The workspace
 belongs to one launch at a time: it must not be shared between streams.
 """
@@ -43,6 +47,10 @@ Z_STRETCH = 2048
 """Channels of one such program."""
 LIST = 256
 """Channels that a warp compacts at once."""
+EMPTIED = tl.constexpr(512)
+"""Words of z that a warp empties at once; not LIST, whose layout in registers they would share."""
+LEAST_STRETCHES = 8
+"""Of z that a program adds up, there or not: most linears of a block then do with one binary."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,8 @@ def _gemv(
     x, table, A, B, scales, ranks, thresholds, norms, bias, front, residual, y, next, weighted, squares, partial, z,
     flags, scratch, values, eps, n, m, r, m0, m1, m2, splits, stretch, rank_tiles, z_programs, z_blocks, z_stretches,
     blocks, first, second, places, segments, gated,
-    TOKENS: tl.constexpr, PAD: tl.constexpr, TOGETHER: tl.constexpr, NORMS: tl.constexpr,
-    BIAS: tl.constexpr, FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
-    INT4: tl.constexpr, LISTED: tl.constexpr,
+    TOKENS: tl.constexpr, PAD: tl.constexpr, TOGETHER: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr,
+    FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, INT4: tl.constexpr, LISTED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, LIST: tl.constexpr, RANK_ROWS: tl.constexpr,
     PARTS: tl.constexpr, Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr,
     Z_STRETCH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, CHAINED: tl.constexpr,
@@ -95,7 +102,8 @@ def _gemv(
 ):  # fmt: skip
     """See the module. m: padded columns; m0, m1, m2: outputs of each segment, first, second: blocks of the first two.
     next: weight of the norm that reads y; weighted, squares: what is left for it, where NEXT, see triton_tiles.LEFT.
-    flags: arrivals at z, leavers of the rank path, then arrivals at each block of outputs; all 0 before and after."""
+    partial, z: EMPTY before and after. flags: programs that have read z, then arrivals at each block of outputs; all 0
+    before and after."""
     program = tl.program_id(0)
     if CHAINED:
         gdc_wait()  # launched while the operation before still runs
@@ -131,44 +139,36 @@ def _gemv(
         _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment * (1 - gated), m0, m1, m2,
                 first, second, blocks, gated, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
     if split >= splits:
-        left = tl.atomic_add(flags, 1, sem="relaxed")
-        if left == blocks * rank_tiles - 1:  # nobody waits for z any more
+        read = tl.atomic_add(flags, 1, sem="relaxed")
+        if read == blocks * rank_tiles - 1:  # nobody waits for z any more
             tl.store(flags, 0)
-            _empty(z, z_stretches * segments * r * TOKENS)
-
-
-@triton.jit
-def _empty(words, count):
-    for begin in range(0, count, 512):
-        place = begin + tl.arange(0, 512)
-        tl.store(words + place, tl.full((512,), tiles.EMPTY, tl.int32), mask=place < count)
+            tiles.empty(z, z_stretches * segments * r * TOKENS, EMPTIED)
 
 
 @triton.jit
 def _leave_z(x, B, ranks, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, segments,
              TOKENS: tl.constexpr, TOGETHER: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
-             WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr,
-             PLACES: tl.constexpr):  # fmt: skip
+             WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
     """z of some ranks over a stretch of channels, of one token or of TOGETHER. index: of the program."""
     per_tokens, per_segment = z_stretches * z_blocks, tl.cdiv(r, Z_RANKS)
     part, rest = index % per_tokens // z_blocks, index % z_blocks
     segment = rest // per_segment
     own = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
-    used = tl.load(ranks + segment)  # others nobody waits for, nor empties what they leave
+    used = tl.load(ranks + segment)  # nobody waits for others
     begin, threshold = part * Z_STRETCH, tl.load(thresholds + segment)
     end, of_segment = tl.minimum(begin + Z_STRETCH, n), norms + segment * n if NORMS else norms
     out, stride = z + (part * segments + segment) * r + own, z_stretches * segments * r
     if TOKENS > 1:
         token = index // per_tokens * TOGETHER
         scales = batch.scales_of(x, front, n, eps, places, token, TOGETHER, TOKENS, FRONT, NORM_WIDTH, PLACES)
-        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, used, segment, own, token, begin, end, TOKENS,
-                              TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
+        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, used, segment, own, token, begin, end,
+                              TOKENS, TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
         for i in tl.static_range(TOGETHER):
             tiles.leave(out + (token + i) * stride, totals[i], (own < used) & (token + i < TOKENS))
     else:
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
-        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, used, segment, own, begin, end, Z_RANKS, WIDTH,
-                             NORMS, FRONT)  # fmt: skip
+        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, used, segment, own, begin, end, Z_RANKS,
+                             WIDTH, NORMS, FRONT)  # fmt: skip
         tiles.leave(out, total, own < used)
 
 
@@ -352,8 +352,8 @@ def _up(value: int, multiple: int) -> int:
 
 @dataclass
 class Workspace:
-    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches), lists and, of several tokens,
-    s(x) there. For one stream."""
+    """What a launch leaves for itself: partial sums and z (triton_tiles.EMPTY between launches), arrivals (zero between
+    launches), lists and, of several tokens, s(x) there. For one stream."""
 
     partial: Tensor
     z: Tensor
@@ -427,8 +427,8 @@ def most_registers(packed: Packed, configuration: Configuration, tokens: int = 1
     return None if plain or tokens > 1 or configuration.warps > 1 else MOST_REGISTERS
 
 
-def arguments(x: Tensor, packed: Packed, gated: bool, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None, eps: float,
-              residual: Tensor | None, before: Left | None = None, next: Tensor | None = None,
+def arguments(x: Tensor, packed: Packed, gated: bool, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None,
+              eps: float, residual: Tensor | None, before: Left | None = None, next: Tensor | None = None,
               after: Left | None = None) -> dict:  # fmt: skip
     """What a launch is given."""
     if before is not None:
@@ -463,6 +463,6 @@ def constants(packed: Packed, configuration: Configuration, grid: Grid, given: d
         LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=rows, SUB=min(sub, rows),
         LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows, PARTS=2048 * warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
-        STRETCHES=triton.next_power_of_2(max(8, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
+        STRETCHES=triton.next_power_of_2(max(LEAST_STRETCHES, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
         VOTES=warps == 1 and not INTERPRETED,
     )  # fmt: skip

@@ -24,13 +24,13 @@ def in_flight(INTERPRETED: tl.constexpr):
 
 
 EMPTY = tl.constexpr(-1)
-"""A word in which nothing has been left: as a float32, a NaN that `leave` does not leave."""
+"""What an int32 word holds in which nothing has been left: as a float32, a NaN that `leave` does not leave."""
 
 
 @triton.jit
 def leave(words, sums, mask=None):
-    """float32 `sums` for other programs of the launch, at `words` (int32), which are `EMPTY`. Every word tells by
-    itself that it has come, so that neither fence nor flag is waited for."""
+    """float32 `sums` for other programs of the launch, at `words`, which are `EMPTY`. A word is stored whole, and tells
+    by itself whether it has come, so that the order in which they come does not matter."""
     word = sums.to(tl.int32, bitcast=True)
     tl.store(words, tl.where(word == EMPTY, 0x7FC00000, word), mask=mask)
 
@@ -43,12 +43,20 @@ def collect(words, mask):
         word = tl.load(words, mask=mask, other=0, volatile=True)
         waiting = _waiting(word)
     tl.store(words, tl.full(word.shape, EMPTY, tl.int32), mask=mask)
-    return (word | waiting).to(tl.float32, bitcast=True)  # waiting is 0; Triton fails where a loop's result is unused
+    return (word | waiting).to(tl.float32, bitcast=True)  # waiting is 0: Triton fails at a loop's result that none uses
+
+
+@triton.jit
+def empty(words, count, WIDTH: tl.constexpr):
+    """What others `leave` at the first `count`, and all have read."""
+    for begin in range(0, count, WIDTH):
+        place = begin + tl.arange(0, WIDTH)
+        tl.store(words + place, tl.full((WIDTH,), EMPTY, tl.int32), mask=place < count)
 
 
 @triton.jit
 def _waiting(word):
-    """Whether one is `EMPTY`, the largest there is."""
+    """1 if one of them is `EMPTY`, which as an unsigned number is the largest, else 0."""
     return (tl.max(word.to(tl.uint32, bitcast=True)) == 0xFFFFFFFF).to(tl.int32)
 
 
@@ -226,7 +234,8 @@ def product(values, weight, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _z(z, token, rank, used, segment, segments, stretches, r, waiting, STRETCHES: tl.constexpr):
-    """z at `rank` of `token`: what all stretches of channels leave, waited for, added up in a fixed order. waiting: 1."""
+    """z at `rank` of `token`: what all stretches of channels leave, waited for, added up in a fixed order. waiting: 1,
+    known only when the wait may begin."""
     value = tl.zeros_like(token + rank).to(tl.float32)
     while waiting > 0:
         value, missing = tl.zeros_like(value), tl.zeros_like(value).to(tl.uint32)
@@ -237,7 +246,7 @@ def _z(z, token, rank, used, segment, segments, stretches, r, waiting, STRETCHES
             missing = tl.maximum(missing, word.to(tl.uint32, bitcast=True))
             value += word.to(tl.float32, bitcast=True)
         waiting = _waiting(missing)
-    return value + waiting.to(tl.float32)  # 0; Triton fails where a loop's result is unused
+    return value + waiting.to(tl.float32)  # see `collect`
 
 
 @triton.jit
