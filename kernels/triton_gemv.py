@@ -49,8 +49,10 @@ LIST = 256
 """Channels that a warp compacts at once."""
 EMPTIED = tl.constexpr(512)
 """Words of z that a warp empties at once; not LIST, whose layout in registers they would share."""
-LEAST_STRETCHES = 8
-"""Of z that a program adds up, there or not: most linears of a block then do with one binary."""
+STRETCHES = 8, 2
+"""Of z that a program loads at once, there or not, of one token and of several."""
+SUMS = 2048, 1024
+"""That a warp collects at once, of one token and of several."""
 
 
 @dataclass(frozen=True)
@@ -461,8 +463,9 @@ def constants(packed: Packed, configuration: Configuration, grid: Grid, given: d
         RESIDUAL=given["residual"] is not None, NEXT=given["next"] is not None,
         PLACES=triton.next_power_of_2(max(1, given["places"])), INT4=packed.scales is not None,
         LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=rows, SUB=min(sub, rows),
-        LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows, PARTS=2048 * warps // grid.columns,
+        LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows,
+        PARTS=SUMS[grid.tokens > 1] * warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
-        STRETCHES=triton.next_power_of_2(max(LEAST_STRETCHES, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
+        STRETCHES=STRETCHES[grid.tokens > 1], Z_STRETCH=Z_STRETCH,
         VOTES=warps == 1 and not INTERPRETED,
     )  # fmt: skip

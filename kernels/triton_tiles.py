@@ -234,17 +234,18 @@ def product(values, weight, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _z(z, token, rank, used, segment, segments, stretches, r, waiting, STRETCHES: tl.constexpr):
-    """z at `rank` of `token`: what all stretches of channels leave, waited for, added up in a fixed order. waiting: 1,
-    known only when the wait may begin."""
+    """z at `rank` of `token`: what all stretches of channels leave, waited for, added up in a fixed order, STRETCHES
+    loaded at once. waiting: 1, known only when the wait may begin."""
     value = tl.zeros_like(token + rank).to(tl.float32)
     while waiting > 0:
         value, missing = tl.zeros_like(value), tl.zeros_like(value).to(tl.uint32)
-        for stretch in tl.static_range(STRETCHES):
-            there = (rank < used) & (stretch < stretches)
-            place = ((token * stretches + stretch) * segments + segment) * r + rank
-            word = tl.load(z + place, mask=there, other=0, volatile=True)
-            missing = tl.maximum(missing, word.to(tl.uint32, bitcast=True))
-            value += word.to(tl.float32, bitcast=True)
+        for begin in range(0, stretches, STRETCHES):
+            for stretch in tl.static_range(STRETCHES):
+                there = (rank < used) & (begin + stretch < stretches)
+                place = ((token * stretches + begin + stretch) * segments + segment) * r + rank
+                word = tl.load(z + place, mask=there, other=0, volatile=True)
+                missing = tl.maximum(missing, word.to(tl.uint32, bitcast=True))
+                value += word.to(tl.float32, bitcast=True)
         waiting = _waiting(missing)
     return value + waiting.to(tl.float32)  # see `collect`
 
