@@ -101,13 +101,14 @@ def z_part(x, B, front, scales, norms, threshold, n, r, used, segment, ranks, fi
 
 
 @triton.jit
-def total(partial, token, m, columns, parts, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """What all parts have left of the tokens `token` at `columns`, in a fixed order: (len(token), COLUMNS)."""
+def total(left, token, column, parts, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """What all parts have `left` of the tokens `token` at a block of columns, added up in a fixed order:
+    (len(token), COLUMNS)."""
     EACH: tl.constexpr = PARTS // token.shape[0]
     sums = tl.zeros((token.shape[0], COLUMNS), tl.float32)
     for begin in range(0, parts, EACH):
         part = (begin + tl.arange(0, EACH))[:, None, None]
-        left = tiles.collect(partial + (part * TOKENS + token[None, :, None]) * m + columns[None, None, :],
-                             (part < parts) & (token < TOKENS)[None, :, None])  # fmt: skip
-        sums += tl.sum(left, axis=0)
+        found = tiles.collect(left + (part * TOKENS + token[None, :, None]) * COLUMNS + column[None, None, :],
+                              (part < parts) & (token < TOKENS)[None, :, None])  # fmt: skip
+        sums += tl.sum(found, axis=0)
     return sums

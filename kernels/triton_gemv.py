@@ -119,7 +119,8 @@ def _gemv(
     block, split = number % blocks, number // blocks
     segment = (block >= first).to(tl.int32) + (block >= first + second).to(tl.int32)
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    out = partial + split * TOKENS * m
+    parts = splits + rank_tiles
+    out = partial + (block * parts + split) * TOKENS * COLUMNS
     if split < splits:
         start = split * stretch
         _sparse_path(
@@ -130,15 +131,14 @@ def _gemv(
     else:
         sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, segments, z_stretches, columns, TOKENS, PAD,
                               RANK_ROWS, STRETCHES, INTERPRETED)  # fmt: skip
-        _leave(out, sums, m, columns, TOKENS, PAD)
+        _leave(out, sums, TOKENS, PAD, COLUMNS)
     if CHAINED:
         gdc_launch_dependents()
-    parts = splits + rank_tiles
     place = tl.where(gated > 0, block % first, block)
     arrived = tl.atomic_add(flags + 1 + place, 1, sem="relaxed")
     if arrived == parts * (1 + gated) - 1:
         tl.store(flags + 1 + place, 0)
-        _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment * (1 - gated), m0, m1, m2,
+        _reduce(partial, bias, residual, y, next, weighted, squares, parts, place, segment * (1 - gated), m0, m1, m2,
                 first, second, blocks, gated, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
     if split >= splits:
         read = tl.atomic_add(flags, 1, sem="relaxed")
@@ -191,7 +191,7 @@ def _sparse_path(
         count = batch.list_kept(x, front, scales, own, threshold, n, start, end, entries, beside, length, TOKENS, ROWS,
                                 LIST, NORMS, FRONT, VOTES)  # fmt: skip
         sums = batch.listed(table, entries, beside, length, count, m, columns, TOKENS, PAD, ROWS, COLUMNS, INTERPRETED)
-        _leave(out, sums, m, columns, TOKENS, PAD)
+        _leave(out, sums, TOKENS, PAD, COLUMNS)
     else:
         entries = scratch + number * stretch
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
@@ -202,39 +202,40 @@ def _sparse_path(
             count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES)
             sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
                                 INTERPRETED)  # fmt: skip
-            tiles.leave(out + columns, sums)
+            _leave(out, sums, TOKENS, PAD, COLUMNS)
         else:
             sums = tiles.masked(x, table, front, scale, own, threshold, start, end, m, columns, ROWS, COLUMNS, NORMS,
                                 FRONT, INTERPRETED)  # fmt: skip
-            tiles.leave(out + columns, sums)
+            _leave(out, sums, TOKENS, PAD, COLUMNS)
 
 
 @triton.jit
-def _leave(out, sums, m, columns, TOKENS: tl.constexpr, PAD: tl.constexpr):
+def _leave(out, sums, TOKENS: tl.constexpr, PAD: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.arange(0, COLUMNS)
     if TOKENS > 1:
         token = tl.arange(0, PAD)
-        tiles.leave(out + token[:, None] * m + columns[None, :], sums, (token < TOKENS)[:, None])
+        tiles.leave(out + token[:, None] * COLUMNS + column[None, :], sums, (token < TOKENS)[:, None])
     else:
-        tiles.leave(out + columns, sums)
+        tiles.leave(out + column, sums)
 
 
 @triton.jit
-def _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, block, segment, m0, m1, m2, first, second,
+def _reduce(partial, bias, residual, y, next, weighted, squares, parts, block, segment, m0, m1, m2, first, second,
             blocks, gated, TOKENS: tl.constexpr, TOGETHER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
             NEXT: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Outputs of all tokens at a block of columns, out of all parts."""
     if TOKENS == 1:
-        _outputs(partial, bias, residual, y, next, weighted, squares, 0, m, parts, block, segment, m0, m1, m2, first,
+        _outputs(partial, bias, residual, y, next, weighted, squares, 0, parts, block, segment, m0, m1, m2, first,
                  second, blocks, gated, TOKENS, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
     else:
         for begin in range(0, TOKENS, TOGETHER):
             token = begin + tl.arange(0, TOGETHER)
-            _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2,
+            _outputs(partial, bias, residual, y, next, weighted, squares, token, parts, block, segment, m0, m1, m2,
                      first, second, blocks, gated, TOKENS, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
 
 
 @triton.jit
-def _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2, first,
+def _outputs(partial, bias, residual, y, next, weighted, squares, token, parts, block, segment, m0, m1, m2, first,
              second, blocks, gated, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
              NEXT: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Of one token, or of a vector of them. What is added or multiplied is loaded first, to come while the parts do."""
@@ -253,10 +254,10 @@ def _outputs(partial, bias, residual, y, next, weighted, squares, token, m, part
         added = tl.load(residual + place, mask=wanted, other=0.0).to(tl.float32)
     if NEXT:  # of a single segment
         weight = tl.load(next + columns, mask=inside, other=0.0).to(tl.float32)
-    total = _total(partial, of_bias, token, m, columns, within, inside, parts, TOKENS, BIAS, COLUMNS, PARTS)
+    total = _total(partial, of_bias, token, block, within, inside, parts, TOKENS, BIAS, COLUMNS, PARTS)
     if gated > 0:
-        up = _total(partial, bias + m0 if BIAS else bias, token, m, first * COLUMNS + columns, columns, inside, parts,
-                    TOKENS, BIAS, COLUMNS, PARTS)  # fmt: skip
+        up = _total(partial, bias + m0 if BIAS else bias, token, first + block, columns, inside, parts, TOKENS, BIAS,
+                    COLUMNS, PARTS)  # fmt: skip
         total = total * tl.sigmoid(total) * up
     if RESIDUAL:
         total += added
@@ -272,16 +273,17 @@ def _outputs(partial, bias, residual, y, next, weighted, squares, token, m, part
 
 
 @triton.jit
-def _total(partial, bias, token, m, columns, within, inside, parts, TOKENS: tl.constexpr, BIAS: tl.constexpr,
+def _total(partial, bias, token, block, within, inside, parts, TOKENS: tl.constexpr, BIAS: tl.constexpr,
            COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """What all parts have left at `columns`, added up in a fixed order, and the bias of one segment."""
+    """What all parts have left at a block of columns, added up in a fixed order, and the bias of one segment."""
+    left, column = partial + block * parts * TOKENS * COLUMNS, tl.arange(0, COLUMNS)
     if TOKENS > 1:
-        total = batch.total(partial, token, m, columns, parts, TOKENS, COLUMNS, PARTS)
+        total = batch.total(left, token, column, parts, TOKENS, COLUMNS, PARTS)
     else:
         total = tl.zeros((COLUMNS,), tl.float32)
         for begin in range(0, parts, PARTS):
             part = (begin + tl.arange(0, PARTS))[:, None]
-            total += tl.sum(tiles.collect(partial + part * m + columns[None, :], part < parts), axis=0)
+            total += tl.sum(tiles.collect(left + part * COLUMNS + column[None, :], part < parts), axis=0)
     if BIAS:
         added = tl.load(bias + within, mask=inside, other=0.0)
         total += added if TOKENS == 1 else added[None, :]

@@ -452,4 +452,4 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
     for i in tl.static_range(8):
         own = tl.sum(tl.reshape(total[i], (8, 4, EACH)), axis=1)
         place = tl.arange(0, 8)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-        leave(out + block * COLUMNS + _column(place) + 16 * _nibble(i), own)
+        leave(out + _column(place) + 16 * _nibble(i), own)
