@@ -72,7 +72,7 @@ def listed(table, entries, values, stride, count, m, columns, TOKENS: tl.constex
 
 
 @triton.jit
-def z_part(x, B, front, scales, norms, threshold, n, r, used, segment, ranks, first, start, end, TOKENS: tl.constexpr,
+def z_part(x, B, front, scales, norms, threshold, n, r, segment, ranks, first, start, end, TOKENS: tl.constexpr,
            TOGETHER: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr,
            FRONT: tl.constexpr):  # fmt: skip
     """`triton_tiles.z_part` of TOGETHER tokens from `first` on, the last one again beyond: a tuple of (RANKS,)."""
@@ -84,7 +84,7 @@ def z_part(x, B, front, scales, norms, threshold, n, r, used, segment, ranks, fi
         channels = begin + tiles.place_of(WIDTH, 8)
         inside = channels < end
         weight = tl.load(
-            rows[:, :, None] + channels[None, :, :], mask=(ranks < used)[:, None, None] & inside[None, :, :], other=0.0
+            rows[:, :, None] + channels[None, :, :], mask=(ranks < r)[:, None, None] & inside[None, :, :], other=0.0
         )  # fmt: skip
         found = ()
         for i in tl.static_range(TOGETHER):
@@ -101,14 +101,14 @@ def z_part(x, B, front, scales, norms, threshold, n, r, used, segment, ranks, fi
 
 
 @triton.jit
-def total(left, token, column, parts, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """What all parts have `left` of the tokens `token` at a block of columns, added up in a fixed order:
-    (len(token), COLUMNS)."""
+def total(partial, token, m, columns, parts, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """What all parts have left of the tokens `token` at `columns`, in a fixed order: (len(token), COLUMNS)."""
     EACH: tl.constexpr = PARTS // token.shape[0]
     sums = tl.zeros((token.shape[0], COLUMNS), tl.float32)
     for begin in range(0, parts, EACH):
         part = (begin + tl.arange(0, EACH))[:, None, None]
-        found = tiles.collect(left + (part * TOKENS + token[None, :, None]) * COLUMNS + column[None, None, :],
-                              (part < parts) & (token < TOKENS)[None, :, None])  # fmt: skip
-        sums += tl.sum(found, axis=0)
+        left = tl.load(partial + (part * TOKENS + token[None, :, None]) * m + columns[None, None, :],
+                       mask=(part < parts) & (token < TOKENS)[None, :, None], other=0.0,
+                       cache_modifier=".cg")  # fmt: skip
+        sums += tl.sum(left, axis=0)
     return sums

@@ -5,10 +5,6 @@ channels. The next ones, one per block of columns and stretch of channels, read 
 ones, one per block of columns and tile of ranks, read A^T's rows, which they load before they wait for z. Whoever is
 the last to arrive at a block of columns adds up what all have left there, in a fixed order: no floating-point atomics.
 
-Nothing is fenced: what programs leave for each other are words that tell by themselves whether they have come, see
-triton_tiles.leave, and that whoever reads them last empties. A fence would cost every program a trip to the L2 cache.
-What the linears of a block differ in is an argument where that costs nothing, so that they share their binaries.
-
 Waiting assumes that programs start in the order of their numbers, which the z programs come first in. The workspace
 belongs to one launch at a time: it must not be shared between streams.
 """
@@ -47,12 +43,6 @@ Z_STRETCH = 2048
 """Channels of one such program."""
 LIST = 256
 """Channels that a warp compacts at once."""
-EMPTIED = tl.constexpr(512)
-"""Words of z that a warp empties at once; not LIST, whose layout in registers they would share."""
-STRETCHES = 8, 2
-"""Of z that a program loads at once, there or not, of one token and of several."""
-SUMS = 2048, 1024
-"""That a warp collects at once, of one token and of several."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +77,17 @@ class Configuration:
 
 
 _NOT_SPECIALIZED = ["m0", "m1", "m2", "splits", "stretch", "rank_tiles", "z_programs", "z_blocks", "z_stretches",
-                    "blocks", "first", "second", "places", "segments", "gated"]  # fmt: skip
+                    "blocks", "first", "second", "places"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _gemv(
     x, table, A, B, scales, ranks, thresholds, norms, bias, front, residual, y, next, weighted, squares, partial, z,
     flags, scratch, values, eps, n, m, r, m0, m1, m2, splits, stretch, rank_tiles, z_programs, z_blocks, z_stretches,
-    blocks, first, second, places, segments, gated,
-    TOKENS: tl.constexpr, PAD: tl.constexpr, TOGETHER: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr,
-    FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, INT4: tl.constexpr, LISTED: tl.constexpr,
+    blocks, first, second, places,
+    TOKENS: tl.constexpr, PAD: tl.constexpr, TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr,
+    BIAS: tl.constexpr, FRONT: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
+    INT4: tl.constexpr, LISTED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, LIST: tl.constexpr, RANK_ROWS: tl.constexpr,
     PARTS: tl.constexpr, Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr,
     Z_STRETCH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, CHAINED: tl.constexpr,
@@ -104,14 +95,15 @@ def _gemv(
 ):  # fmt: skip
     """See the module. m: padded columns; m0, m1, m2: outputs of each segment, first, second: blocks of the first two.
     next: weight of the norm that reads y; weighted, squares: what is left for it, where NEXT, see triton_tiles.LEFT.
-    partial, z: EMPTY before and after. flags: programs that have read z, then arrivals at each block of outputs; all 0
-    before and after."""
+    flags: arrivals at z, leavers of the rank path, then arrivals at each block of outputs; all 0 before and after."""
     program = tl.program_id(0)
     if CHAINED:
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
-        _leave_z(x, B, ranks, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, segments,
-                 TOKENS, TOGETHER, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
+        _leave_z(x, B, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS, TOGETHER,
+                 SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
+        tl.debug_barrier()
+        tl.atomic_add(flags, 1, sem="release")
         if CHAINED:
             gdc_launch_dependents()
         return
@@ -119,8 +111,7 @@ def _gemv(
     block, split = number % blocks, number // blocks
     segment = (block >= first).to(tl.int32) + (block >= first + second).to(tl.int32)
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    parts = splits + rank_tiles
-    out = partial + (block * parts + split) * TOKENS * COLUMNS
+    out = partial + split * TOKENS * m
     if split < splits:
         start = split * stretch
         _sparse_path(
@@ -129,49 +120,51 @@ def _gemv(
             LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
         )  # fmt: skip
     else:
-        sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, segments, z_stretches, columns, TOKENS, PAD,
-                              RANK_ROWS, STRETCHES, INTERPRETED)  # fmt: skip
-        _leave(out, sums, TOKENS, PAD, COLUMNS)
+        sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, flags,
+                              z_programs, TOKENS, PAD, RANK_ROWS, STRETCHES, INTERPRETED)  # fmt: skip
+        _leave(out, sums, m, columns, TOKENS, PAD)
+        left = tl.atomic_add(flags + 1, 1, sem="acq_rel")
+        if left == blocks * rank_tiles - 1:  # nobody waits for z any more
+            tl.store(flags, 0)
+            tl.store(flags + 1, 0)
     if CHAINED:
         gdc_launch_dependents()
-    place = tl.where(gated > 0, block % first, block)
-    arrived = tl.atomic_add(flags + 1 + place, 1, sem="relaxed")
-    if arrived == parts * (1 + gated) - 1:
-        tl.store(flags + 1 + place, 0)
-        _reduce(partial, bias, residual, y, next, weighted, squares, parts, place, segment * (1 - gated), m0, m1, m2,
-                first, second, blocks, gated, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
-    if split >= splits:
-        read = tl.atomic_add(flags, 1, sem="relaxed")
-        if read == blocks * rank_tiles - 1:  # nobody waits for z any more
-            tl.store(flags, 0)
-            tiles.empty(z, z_stretches * segments * r * TOKENS, EMPTIED)
+    tl.debug_barrier()
+    parts = splits + rank_tiles
+    place = block % first if GATED else block
+    arrived = tl.atomic_add(flags + 2 + place, 1, sem="acq_rel")
+    if arrived == (2 * parts if GATED else parts) - 1:
+        tl.debug_barrier()
+        tl.store(flags + 2 + place, 0)
+        _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment, m0, m1, m2, first,
+                second, blocks, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
 
 
 @triton.jit
-def _leave_z(x, B, ranks, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, segments,
-             TOKENS: tl.constexpr, TOGETHER: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
-             WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+def _leave_z(x, B, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
+             TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
+             WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr,
+             PLACES: tl.constexpr):  # fmt: skip
     """z of some ranks over a stretch of channels, of one token or of TOGETHER. index: of the program."""
     per_tokens, per_segment = z_stretches * z_blocks, tl.cdiv(r, Z_RANKS)
     part, rest = index % per_tokens // z_blocks, index % z_blocks
     segment = rest // per_segment
     own = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
-    used = tl.load(ranks + segment)  # nobody waits for others
     begin, threshold = part * Z_STRETCH, tl.load(thresholds + segment)
     end, of_segment = tl.minimum(begin + Z_STRETCH, n), norms + segment * n if NORMS else norms
-    out, stride = z + (part * segments + segment) * r + own, z_stretches * segments * r
+    out, stride = z + (part * SEGMENTS + segment) * r + own, z_stretches * SEGMENTS * r
     if TOKENS > 1:
         token = index // per_tokens * TOGETHER
         scales = batch.scales_of(x, front, n, eps, places, token, TOGETHER, TOKENS, FRONT, NORM_WIDTH, PLACES)
-        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, used, segment, own, token, begin, end,
-                              TOKENS, TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
+        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, segment, own, token, begin, end, TOKENS,
+                              TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
         for i in tl.static_range(TOGETHER):
-            tiles.leave(out + (token + i) * stride, totals[i], (own < used) & (token + i < TOKENS))
+            tl.store(out + (token + i) * stride, totals[i], mask=(own < r) & (token + i < TOKENS))
     else:
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
-        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, used, segment, own, begin, end, Z_RANKS,
-                             WIDTH, NORMS, FRONT)  # fmt: skip
-        tiles.leave(out, total, own < used)
+        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, segment, own, begin, end, Z_RANKS, WIDTH,
+                             NORMS, FRONT)  # fmt: skip
+        tl.store(out, total, mask=own < r)
 
 
 @triton.jit
@@ -191,7 +184,7 @@ def _sparse_path(
         count = batch.list_kept(x, front, scales, own, threshold, n, start, end, entries, beside, length, TOKENS, ROWS,
                                 LIST, NORMS, FRONT, VOTES)  # fmt: skip
         sums = batch.listed(table, entries, beside, length, count, m, columns, TOKENS, PAD, ROWS, COLUMNS, INTERPRETED)
-        _leave(out, sums, TOKENS, PAD, COLUMNS)
+        _leave(out, sums, m, columns, TOKENS, PAD)
     else:
         entries = scratch + number * stretch
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
@@ -202,49 +195,51 @@ def _sparse_path(
             count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES)
             sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
                                 INTERPRETED)  # fmt: skip
-            _leave(out, sums, TOKENS, PAD, COLUMNS)
+            tl.store(out + columns, sums)
         else:
             sums = tiles.masked(x, table, front, scale, own, threshold, start, end, m, columns, ROWS, COLUMNS, NORMS,
                                 FRONT, INTERPRETED)  # fmt: skip
-            _leave(out, sums, TOKENS, PAD, COLUMNS)
+            tl.store(out + columns, sums)
 
 
 @triton.jit
-def _leave(out, sums, TOKENS: tl.constexpr, PAD: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.arange(0, COLUMNS)
+def _leave(out, sums, m, columns, TOKENS: tl.constexpr, PAD: tl.constexpr):
     if TOKENS > 1:
         token = tl.arange(0, PAD)
-        tiles.leave(out + token[:, None] * COLUMNS + column[None, :], sums, (token < TOKENS)[:, None])
+        tl.store(out + token[:, None] * m + columns[None, :], sums, mask=(token < TOKENS)[:, None])
     else:
-        tiles.leave(out + column, sums)
+        tl.store(out + columns, sums)
 
 
 @triton.jit
-def _reduce(partial, bias, residual, y, next, weighted, squares, parts, block, segment, m0, m1, m2, first, second,
-            blocks, gated, TOKENS: tl.constexpr, TOGETHER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-            NEXT: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, block, segment, m0, m1, m2, first, second,
+            blocks, TOKENS: tl.constexpr, TOGETHER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+            NEXT: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Outputs of all tokens at a block of columns, out of all parts."""
     if TOKENS == 1:
-        _outputs(partial, bias, residual, y, next, weighted, squares, 0, parts, block, segment, m0, m1, m2, first,
-                 second, blocks, gated, TOKENS, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
+        _outputs(partial, bias, residual, y, next, weighted, squares, 0, m, parts, block, segment, m0, m1, m2, first,
+                 second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
     else:
         for begin in range(0, TOKENS, TOGETHER):
             token = begin + tl.arange(0, TOGETHER)
-            _outputs(partial, bias, residual, y, next, weighted, squares, token, parts, block, segment, m0, m1, m2,
-                     first, second, blocks, gated, TOKENS, BIAS, RESIDUAL, NEXT, COLUMNS, PARTS)  # fmt: skip
+            _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2,
+                     first, second, blocks, TOKENS, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
 
 
 @triton.jit
-def _outputs(partial, bias, residual, y, next, weighted, squares, token, parts, block, segment, m0, m1, m2, first,
-             second, blocks, gated, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-             NEXT: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _outputs(partial, bias, residual, y, next, weighted, squares, token, m, parts, block, segment, m0, m1, m2, first,
+             second, blocks, TOKENS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr,
+             GATED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Of one token, or of a vector of them. What is added or multiplied is loaded first, to come while the parts do."""
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    before = tl.where(segment == 0, 0, tl.where(segment == 1, first, first + second)) * COLUMNS
-    start = tl.where(segment == 0, 0, tl.where(segment == 1, m0, m0 + m1))
-    within, width = columns - before, tl.where(gated > 0, m0, m0 + m1 + m2)
-    inside = within < tl.where(segment == 0, m0, tl.where(segment == 1, m1, m2))
-    of_bias = bias + start if BIAS else bias
+    if GATED:
+        within, inside, start, width, of_bias = columns, columns < m0, 0, m0, bias
+    else:
+        before = tl.where(segment == 0, 0, tl.where(segment == 1, first, first + second)) * COLUMNS
+        start = tl.where(segment == 0, 0, tl.where(segment == 1, m0, m0 + m1))
+        within, width = columns - before, m0 + m1 + m2
+        inside = within < tl.where(segment == 0, m0, tl.where(segment == 1, m1, m2))
+        of_bias = bias + start if BIAS else bias
     if TOKENS == 1:
         place, wanted = start + within, inside
     else:
@@ -254,10 +249,10 @@ def _outputs(partial, bias, residual, y, next, weighted, squares, token, parts, 
         added = tl.load(residual + place, mask=wanted, other=0.0).to(tl.float32)
     if NEXT:  # of a single segment
         weight = tl.load(next + columns, mask=inside, other=0.0).to(tl.float32)
-    total = _total(partial, of_bias, token, block, within, inside, parts, TOKENS, BIAS, COLUMNS, PARTS)
-    if gated > 0:
-        up = _total(partial, bias + m0 if BIAS else bias, token, first + block, columns, inside, parts, TOKENS, BIAS,
-                    COLUMNS, PARTS)  # fmt: skip
+    total = _total(partial, of_bias, token, m, columns, within, inside, parts, TOKENS, BIAS, COLUMNS, PARTS)
+    if GATED:
+        up = _total(partial, bias + m0 if BIAS else bias, token, m, first * COLUMNS + columns, columns, inside, parts,
+                    TOKENS, BIAS, COLUMNS, PARTS)  # fmt: skip
         total = total * tl.sigmoid(total) * up
     if RESIDUAL:
         total += added
@@ -273,17 +268,18 @@ def _outputs(partial, bias, residual, y, next, weighted, squares, token, parts, 
 
 
 @triton.jit
-def _total(partial, bias, token, block, within, inside, parts, TOKENS: tl.constexpr, BIAS: tl.constexpr,
+def _total(partial, bias, token, m, columns, within, inside, parts, TOKENS: tl.constexpr, BIAS: tl.constexpr,
            COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """What all parts have left at a block of columns, added up in a fixed order, and the bias of one segment."""
-    left, column = partial + block * parts * TOKENS * COLUMNS, tl.arange(0, COLUMNS)
+    """What all parts have left at `columns`, added up in a fixed order, and the bias of one segment."""
     if TOKENS > 1:
-        total = batch.total(left, token, column, parts, TOKENS, COLUMNS, PARTS)
+        total = batch.total(partial, token, m, columns, parts, TOKENS, COLUMNS, PARTS)
     else:
         total = tl.zeros((COLUMNS,), tl.float32)
         for begin in range(0, parts, PARTS):
-            part = (begin + tl.arange(0, PARTS))[:, None]
-            total += tl.sum(tiles.collect(left + part * COLUMNS + column[None, :], part < parts), axis=0)
+            part = begin + tl.arange(0, PARTS)
+            left = tl.load(partial + part[:, None] * m + columns[None, :], mask=(part < parts)[:, None], other=0.0,
+                           cache_modifier=".cg")  # fmt: skip
+            total += tl.sum(left, axis=0)
     if BIAS:
         added = tl.load(bias + within, mask=inside, other=0.0)
         total += added if TOKENS == 1 else added[None, :]
@@ -356,8 +352,8 @@ def _up(value: int, multiple: int) -> int:
 
 @dataclass
 class Workspace:
-    """What a launch leaves for itself: partial sums and z (triton_tiles.EMPTY between launches), arrivals (zero between
-    launches), lists and, of several tokens, s(x) there. For one stream."""
+    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches), lists and, of several tokens,
+    s(x) there. For one stream."""
 
     partial: Tensor
     z: Tensor
@@ -374,9 +370,9 @@ def workspace(packed: Packed, configuration: Configuration, tokens: int = 1) -> 
     lists = [grid.blocks * grid.splits * grid.listing for grid in grids]
     values = max(x * grid.tokens if grid.tokens > 1 else 0 for x, grid in zip(lists, grids, strict=True))
     return Workspace(
-        torch.full((partial,), tiles.EMPTY.value, dtype=torch.int32, device=device),
-        torch.full((max(1, z),), tiles.EMPTY.value, dtype=torch.int32, device=device),
-        torch.zeros(1 + max(grid.blocks for grid in grids), dtype=torch.int32, device=device),
+        torch.empty(partial, device=device),
+        torch.empty(max(1, z), device=device),
+        torch.zeros(2 + max(grid.blocks for grid in grids), dtype=torch.int32, device=device),
         torch.empty(max(1, *lists), dtype=torch.int32, device=device),
         torch.empty(max(1, values), dtype=packed.dtype, device=device),
     )
@@ -416,8 +412,8 @@ def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, w
     grid = grid_of(packed, configuration, len(x))
     y = torch.empty(len(x), packed.rows // 2 if gated else packed.rows, dtype=x.dtype, device=x.device)
     linked = chained(x.device)
-    given = arguments(x, packed, gated, grid, work, y, front, eps, residual, before, next, after)
-    fixed = constants(packed, configuration, grid, given)
+    given = arguments(x, packed, grid, work, y, front, eps, residual, before, next, after)
+    fixed = constants(packed, gated, configuration, grid, given)
     _gemv[(grid.programs,)](
         **given, **fixed, CHAINED=linked, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=linked,
         maxnreg=most_registers(packed, configuration, grid.tokens),
@@ -431,8 +427,8 @@ def most_registers(packed: Packed, configuration: Configuration, tokens: int = 1
     return None if plain or tokens > 1 or configuration.warps > 1 else MOST_REGISTERS
 
 
-def arguments(x: Tensor, packed: Packed, gated: bool, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None,
-              eps: float, residual: Tensor | None, before: Left | None = None, next: Tensor | None = None,
+def arguments(x: Tensor, packed: Packed, grid: Grid, work: Workspace, y: Tensor, front: Tensor | None, eps: float,
+              residual: Tensor | None, before: Left | None = None, next: Tensor | None = None,
               after: Left | None = None) -> dict:  # fmt: skip
     """What a launch is given."""
     if before is not None:
@@ -447,11 +443,10 @@ def arguments(x: Tensor, packed: Packed, gated: bool, grid: Grid, work: Workspac
         r=packed.B.shape[1], m0=m0, m1=m1, m2=m2, splits=grid.splits, stretch=grid.stretch, rank_tiles=grid.rank_tiles,
         z_programs=grid.z_programs, z_blocks=grid.z_blocks, z_stretches=grid.z_stretches,
         blocks=grid.blocks, first=first, second=second, places=before.squares.shape[1] if before else 0,
-        segments=len(packed.widths), gated=int(gated),
     )  # fmt: skip
 
 
-def constants(packed: Packed, configuration: Configuration, grid: Grid, given: dict) -> dict:
+def constants(packed: Packed, gated: bool, configuration: Configuration, grid: Grid, given: dict) -> dict:
     """What a launch that is `given` arguments is compiled for, apart from dtypes."""
     front = 0 if given["front"] is None else tiles.LEFT.value if given["places"] else tiles.OWN.value
     least = 1 if packed.dtype == torch.float32 else LEAST_TOKENS
@@ -460,14 +455,13 @@ def constants(packed: Packed, configuration: Configuration, grid: Grid, given: d
     sub = max(1, 32 * configuration.warps * 16 // width)  # rows that a program's threads load at once
     rows, warps = configuration.rows, configuration.warps
     return dict(
-        TOKENS=grid.tokens, PAD=pad, TOGETHER=grid.together,
+        TOKENS=grid.tokens, PAD=pad, TOGETHER=grid.together, SEGMENTS=len(packed.widths),
         NORMS=packed.norms is not None, BIAS=packed.bias is not None, FRONT=front,
-        RESIDUAL=given["residual"] is not None, NEXT=given["next"] is not None,
+        RESIDUAL=given["residual"] is not None, NEXT=given["next"] is not None, GATED=gated,
         PLACES=triton.next_power_of_2(max(1, given["places"])), INT4=packed.scales is not None,
         LISTED=configuration.listed, COLUMNS=grid.columns, ROWS=rows, SUB=min(sub, rows),
-        LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows,
-        PARTS=SUMS[grid.tokens > 1] * warps // grid.columns,
+        LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows, PARTS=2048 * warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
-        STRETCHES=STRETCHES[grid.tokens > 1], Z_STRETCH=Z_STRETCH,
+        STRETCHES=triton.next_power_of_2(max(1, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
         VOTES=warps == 1 and not INTERPRETED,
     )  # fmt: skip

@@ -23,43 +23,6 @@ def in_flight(INTERPRETED: tl.constexpr):
     )
 
 
-EMPTY = tl.constexpr(-1)
-"""What an int32 word holds in which nothing has been left: as a float32, a NaN that `leave` does not leave."""
-
-
-@triton.jit
-def leave(words, sums, mask=None):
-    """float32 `sums` for other programs of the launch, at `words`, which are `EMPTY`. A word is stored whole, and tells
-    by itself whether it has come, so that the order in which they come does not matter."""
-    word = sums.to(tl.int32, bitcast=True)
-    tl.store(words, tl.where(word == EMPTY, 0x7FC00000, word), mask=mask)
-
-
-@triton.jit
-def collect(words, mask):
-    """What others `leave` at `words`, waited for, float32; 0 outside of `mask`. Empties them."""
-    word, waiting = tl.full(words.shape, EMPTY, tl.int32), 1
-    while waiting > 0:
-        word = tl.load(words, mask=mask, other=0, volatile=True)
-        waiting = _waiting(word)
-    tl.store(words, tl.full(word.shape, EMPTY, tl.int32), mask=mask)
-    return (word | waiting).to(tl.float32, bitcast=True)  # waiting is 0: Triton fails at a loop's result that none uses
-
-
-@triton.jit
-def empty(words, count, WIDTH: tl.constexpr):
-    """What others `leave` at the first `count`, and all have read."""
-    for begin in range(0, count, WIDTH):
-        place = begin + tl.arange(0, WIDTH)
-        tl.store(words + place, tl.full((WIDTH,), EMPTY, tl.int32), mask=place < count)
-
-
-@triton.jit
-def _waiting(word):
-    """1 if one of them is `EMPTY`, which as an unsigned number is the largest, else 0."""
-    return (tl.max(word.to(tl.uint32, bitcast=True)) == 0xFFFFFFFF).to(tl.int32)
-
-
 @triton.jit
 def kept(value, norm, threshold):
     """Above the threshold, or not a number."""
@@ -233,55 +196,50 @@ def product(values, weight, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _z(z, token, rank, used, segment, segments, stretches, r, waiting, STRETCHES: tl.constexpr):
-    """z at `rank` of `token`: what all stretches of channels leave, waited for, added up in a fixed order, STRETCHES
-    loaded at once. waiting: 1, known only when the wait may begin."""
+def _z(z, token, rank, used, segment, segments, stretches, r, STRETCHES: tl.constexpr):
+    """z at `rank` of `token`: what all stretches of channels have left, added up in a fixed order."""
     value = tl.zeros_like(token + rank).to(tl.float32)
-    while waiting > 0:
-        value, missing = tl.zeros_like(value), tl.zeros_like(value).to(tl.uint32)
-        for begin in range(0, stretches, STRETCHES):
-            for stretch in tl.static_range(STRETCHES):
-                there = (rank < used) & (begin + stretch < stretches)
-                place = ((token * stretches + begin + stretch) * segments + segment) * r + rank
-                word = tl.load(z + place, mask=there, other=0, volatile=True)
-                missing = tl.maximum(missing, word.to(tl.uint32, bitcast=True))
-                value += word.to(tl.float32, bitcast=True)
-        waiting = _waiting(missing)
-    return value + waiting.to(tl.float32)  # see `collect`
+    for stretch in tl.static_range(STRETCHES):
+        there = (rank < used) & (stretch < stretches)
+        place = ((token * stretches + stretch) * segments + segment) * r + rank
+        value += tl.load(z + place, mask=there, other=0.0, cache_modifier=".cg")
+    return value
 
 
 @triton.jit
-def low_rank(A, z, ranks, tile, m, r, segment, segments, stretches, columns, TOKENS: tl.constexpr, PAD: tl.constexpr,
-             ROWS: tl.constexpr, STRETCHES: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def low_rank(A, z, ranks, tile, m, r, segment, segments, stretches, columns, flag, z_programs, TOKENS: tl.constexpr,
+             PAD: tl.constexpr, ROWS: tl.constexpr, STRETCHES: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """One tile of A^T's rows times z: (COLUMNS,), or (PAD, COLUMNS) for several tokens. Loaded before it waits."""
     used = tl.load(ranks + segment)
     rank = tile * ROWS + tl.arange(0, ROWS)
     weight = tl.load(
         A + rank.to(tl.int64)[:, None] * m + columns[None, :], mask=(rank < used)[:, None], other=0.0
     )  # fmt: skip
-    token, place, wanted = 0, rank, used
-    if TOKENS > 1:
-        token = tl.arange(0, PAD)[:, None]
-        place, wanted = rank[None, :], tl.where(token < TOKENS, used, 0)
-    waiting = 1 + in_flight(INTERPRETED)
-    value = _z(z, token, place, wanted, segment, segments, stretches, r, waiting, STRETCHES)
+    arrived = in_flight(INTERPRETED)
+    while arrived < z_programs:
+        arrived = tl.atomic_add(flag, 0, sem="acquire")
     if TOKENS == 1:
+        value = _z(z, 0, rank, used, segment, segments, stretches, r, STRETCHES)
         return tl.sum(weight.to(tl.float32) * value[:, None], axis=0)
     else:
+        token = tl.arange(0, PAD)[:, None]
+        value = _z(
+            z, token, rank[None, :], tl.where(token < TOKENS, used, 0), segment, segments, stretches, r, STRETCHES
+        )
         return product(value, weight, INTERPRETED)
 
 
 @triton.jit
-def z_part(x, B, front, scale, norms, threshold, n, r, used, segment, ranks, start, end, RANKS: tl.constexpr,
+def z_part(x, B, front, scale, norms, threshold, n, r, segment, ranks, start, end, RANKS: tl.constexpr,
            WIDTH: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
-    """B^T (x - s(x)) of `ranks`, if below `used`, over the channels start..end, of one token: (RANKS,)."""
+    """B^T (x - s(x)) of `ranks` over the channels start..end, of one token: (RANKS,)."""
     rows = B + (segment * r + ranks).to(tl.int64)[:, None] * n
     sums = tl.zeros((RANKS, WIDTH // 8), tl.float32)
     for begin in range(start, end, WIDTH):
         channels = begin + place_of(WIDTH, 8)
         inside = channels < end
         weight = tl.load(
-            rows[:, :, None] + channels[None, :, :], mask=(ranks < used)[:, None, None] & inside[None, :, :], other=0.0
+            rows[:, :, None] + channels[None, :, :], mask=(ranks < r)[:, None, None] & inside[None, :, :], other=0.0
         )  # fmt: skip
         value = read(x, front, scale, channels, inside, FRONT)
         norm = tl.load(norms + channels, mask=inside, other=0.0) if NORMS else 1.0
@@ -452,4 +410,4 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
     for i in tl.static_range(8):
         own = tl.sum(tl.reshape(total[i], (8, 4, EACH)), axis=1)
         place = tl.arange(0, 8)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-        leave(out + _column(place) + 16 * _nibble(i), own)
+        tl.store(out + block * COLUMNS + _column(place) + 16 * _nibble(i), own)

@@ -53,8 +53,8 @@ def gemv(dtype: torch.dtype, configuration: Configuration, int4: bool, tokens: i
     if all_options and segments == 1:
         configured = dict(before=triton_gemv.Left(empty(tokens, packed.channels), empty(tokens, 64)), next=y[0],
                           after=triton_gemv.left(packed, configuration, tokens))  # fmt: skip
-    given = triton_gemv.arguments(x, packed, gated, grid, work, y, front, 1e-5, residual, **configured)
-    return given, triton_gemv.constants(packed, configuration, grid, given)
+    given = triton_gemv.arguments(x, packed, grid, work, y, front, 1e-5, residual, **configured)
+    return given, triton_gemv.constants(packed, gated, configuration, grid, given)
 
 
 def neurons(dtype: torch.dtype, chosen: bool) -> tuple[dict, dict]:
