@@ -210,6 +210,18 @@ def test_an_unfinished_run_is_published_only_on_request(checkout):
     assert exhibits_in(checkout.exhibits / "small").keys() == {"first"}
 
 
+def test_projections_name_what_was_not_rehearsed(checkout):
+    cost = {"seconds": 5400, "peak_memory": 2**30, "device": "a GPU"}
+    path = checkout.results / "small" / "estimate.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"whole": {"notebooks": {"first": cost}}}))
+    book.write_pages(checkout)
+    status = (checkout.root / "book/_generated/status.md").read_text()
+    assert "| small | first | 1.5 | – | 1.0 GiB | a GPU |" in status
+    assert "| small | second-one | not rehearsed | – |  |  |" in status
+    assert "| small | *together, without what was not rehearsed* | 1.5 | – |  |  |" in status
+
+
 def test_a_run_of_another_preset_or_without_tables_is_refused(checkout):
     with pytest.raises(ValueError, match="holds a run of preset 'small'"):
         book.publish(checkout.run_folder("small"), "other", checkout)
