@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from rsparse.accounting import BYTES
-from rsparse.exhibits import gains
+from rsparse.exhibits import gains, path_reading
 from rsparse.exhibits.gains import MEASURES
 
 WEIGHTS = {"": "as loaded", "int4-rtn": "INT4, nearest", "int4-gptq": "INT4, GPTQ"}
@@ -131,14 +131,7 @@ def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str
 
 def _ranks(method: str, part: pd.DataFrame) -> str:
     """Lowest to highest rank over the first block's linears; "" where there is none to tell of."""
-    values = sorted(set(_of_linears(part).values())) if method == "r-sparse" else []
-    return " to ".join(str(x) for x in dict.fromkeys((*values[:1], *values[-1:])))
-
-
-def _of_linears(part: pd.DataFrame) -> dict[str, int]:
-    """Linear of the first block -> rank; empty where the rows do not say."""
-    words = next(iter(part["ranks"].dropna()), "").split()
-    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    return path_reading.span(part) if method == "r-sparse" else ""
 
 
 def _without_path(rows: pd.DataFrame) -> str:
@@ -146,9 +139,9 @@ def _without_path(rows: pd.DataFrame) -> str:
     have one."""
     part, said = plain(rows[rows["against"].isna() & (rows["method"] == "r-sparse")]), []
     for (weights, sparsity, dtype), own in part.groupby(["weights", "sparsity", "factor_dtype"]):
-        if none := [kind for kind, rank in _of_linears(own).items() if rank == 0]:
+        if none := path_reading.without(own):
             setting = label({"weights": weights, "method": "r-sparse", "sparsity": sparsity, "factor_dtype": dtype})
-            said.append(f"{gains.listed(none)} ({setting})")
+            said.append(f"{none} ({setting})")
     return f" The budget buys no rank, and so no low-rank path, for {'; '.join(said)}." if said else ""
 
 
