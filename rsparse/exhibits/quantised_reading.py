@@ -88,11 +88,9 @@ def table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def reading(rows: pd.DataFrame, model: str) -> str:
-    """The comparisons in words, each by how many of its measures and budgets tell the sides apart."""
-    rows, words = plain(rows), ("better", "worse", "not told apart")
-    first = next(iter(rows.loc[(rows["factor_dtype"] != ""), "factor_dtype"]), "")
-    rows = rows[rows["factor_dtype"].isin(["", first])]
-    said = []
+    """The comparisons in words, each by how many of its measures and budgets tell the sides apart; R-Sparse's for every
+    precision of its factors."""
+    rows, said = plain(rows), []
     for weights, name in list(WEIGHTS.items())[1:]:
         here = rows[rows["weights"] == weights]
         for method, against, sentence in (
@@ -103,7 +101,7 @@ def reading(rows: pd.DataFrame, model: str) -> str:
         ):
             found = differences(here, against, (method,))
             if len(found):
-                said.append(f"{sentence}: {gains.tally(found, words)}")
+                said.append(f"{sentence}: {_tallies(found)}")
     if not said:
         return f"On `{model}`, no INT4 weights were measured."
     return f"On `{model}`. " + ". ".join(said) + "."
@@ -120,6 +118,18 @@ def extra_cost(rows: pd.DataFrame, model: str) -> str:
             said.append(f"{setting} costs {-row['value']:.4f} nats per token on {weights}, and "
                         f"{-own[row['sparsity']]:.4f} on the weights as loaded")  # fmt: skip
     return f"By held-out loss of `{model}`: {'; '.join(said)}.{_without_path(rows)}" if said else ""
+
+
+def _tallies(found: pd.DataFrame) -> str:
+    """`gains.tally` of each precision of the factors, in the order of tables; what is the same is said once."""
+    names: dict[str, list[str]] = {}
+    for dtype in ["", *PRECISIONS]:
+        part = found[found["factor_dtype"] == dtype]
+        if len(part):
+            words = gains.tally(part, ("better", "worse", "not told apart"))
+            names.setdefault(words, []).append(f"with {PRECISIONS[dtype]}" if dtype else "")
+    return "; ".join(f"{gains.listed(own)} factors{' alike' * (len(own) > 1)} {words}" if own[0] else words
+                     for words, own in names.items())  # fmt: skip
 
 
 def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str:
