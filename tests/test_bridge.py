@@ -336,6 +336,26 @@ def test_the_reading_of_errors():
         assert part in said
 
 
+@pytest.mark.parametrize(("at_half", "said"), [
+    ((0.31, 0.32, 0.25), "Of the ranks in the table, in the median over linears, it is not nearer at 50%"),
+    ((0.29, 0.28, 0.35), "Of the ranks in the table, in the median over linears, it is nearer at all of them"),
+])  # fmt: skip
+def test_the_reading_of_errors_names_ranks_at_which_whitened_is_not_nearer(at_half, said):
+    """By the median of three linears, not the mean, and by no other rank's."""
+    base = {"task": "residual", "metric": "relative_error", "calibration": "tiny 16x512", "rank": 4.0, "layer": 0}
+    found = {"deployed": (0.7, 0.7, 0.9), "50%": at_half}
+    rows = [
+        base | {"at": at, "linear": kind, "factors": name, "value": value}
+        for at, values in found.items() for kind, whitened in zip("qkv", values, strict=True)
+        for name, value in {"svd": 0.8 if at == "deployed" else 0.3, "whitened": whitened, "hindsight": 0.2}.items()
+    ]  # fmt: skip
+    rows = pd.DataFrame([*rows, {"metric": "residual_share", "value": 0.05}])
+    known = residual_reading.error_reading(rows, "m")
+    assert f"{said}; its second moment is from 16 calibration samples of 512 tokens. The" in known
+    untold = residual_reading.error_reading(rows.drop(columns="calibration"), "m")
+    assert f"{said}. The residuals themselves" in untold
+
+
 # Whitened rows of Table 3
 
 
