@@ -278,6 +278,34 @@ def test_the_reading_beside_the_deployed_methods():
     assert "lower with 2 levels and higher with 1 level" in said and "(R-Sparse) at 90% not told apart" in said
 
 
+def deployed_row(sparsity: float, ranks: str, method: str = "r-sparse") -> dict:
+    return {"method": method, "sparsity": sparsity, "task": "heldout", "metric": "perplexity", "value": 3.0,
+            "against": None, "realised": sparsity, "ranks": ranks, "phases": math.nan}  # fmt: skip
+
+
+DEPLOYED = [
+    deployed_row(0.5, "q 4 k 2 up 6"), deployed_row(0.9, "q 1 k 0 up 1"), deployed_row(0.95, "q 0 k 0 up 0"),
+    deployed_row(0.5, "q 0 k 0 up 0", "teal"),
+]  # fmt: skip
+
+
+def test_the_reading_beside_the_deployed_methods_says_where_there_is_no_low_rank_path():
+    rows = [loss_row(2, -0.1, "r-sparse", -0.2, -0.1), loss_row(2, -0.1, "teal", -0.2, -0.1)]
+    said = phase_reading.beside(pd.DataFrame([*rows, *DEPLOYED]), "m")
+    assert "low rank (R-Sparse) has rank 0, and so no low-rank path, in k at 90%; in every linear at 95%." in said
+    assert "zero stands in the place of what it drops, as with TEAL" in said and "at 50%" not in said
+    for others in (DEPLOYED[:1], DEPLOYED[-1:], []):
+        assert "rank 0" not in phase_reading.beside(pd.DataFrame([*rows, *others]), "m"), "TEAL was not to have one"
+
+
+def test_the_table_of_phases_has_the_ranks_of_r_sparse_alone():
+    rows = pd.DataFrame([*DEPLOYED, loss_row(2, 4.0, None) | {"metric": "perplexity"}])
+    found = phase_reading.summary(rows, [])
+    own = found["in their place"] == "low rank (R-Sparse)"
+    assert dict(found.loc[own, ["sparsity", "ranks"]].to_numpy()) == {"50%": "2 to 6", "90%": "0 to 1", "95%": "0"}
+    assert set(found.loc[~own, "ranks"]) == {""} and len(found[~own]) == 2
+
+
 @pytest.mark.parametrize(("value", "word"), [(10.0, "more than"), (2.0, "about as much as"), (0.5, "less than")])
 def test_the_reading_of_stable_ranks(value, word):
     base = {"metric": "stable_rank", "linear": "q"}
@@ -306,6 +334,26 @@ def test_the_reading_of_errors():
     said = residual_reading.error_reading(pd.DataFrame(rows), "m")
     for part in ("leave 85%", "factors 81%", "hindsight 65%", "in 1 of 2 linears", "closes 20%", "hold 5.0% of"):
         assert part in said
+
+
+@pytest.mark.parametrize(("at_half", "said"), [
+    ((0.31, 0.32, 0.25), "Of the ranks in the table, in the median over linears, it is not nearer at 50%"),
+    ((0.29, 0.28, 0.35), "Of the ranks in the table, in the median over linears, it is nearer at all of them"),
+])  # fmt: skip
+def test_the_reading_of_errors_names_ranks_at_which_whitened_is_not_nearer(at_half, said):
+    """By the median of three linears, not the mean, and by no other rank's."""
+    base = {"task": "residual", "metric": "relative_error", "calibration": "tiny 16x512", "rank": 4.0, "layer": 0}
+    found = {"deployed": (0.7, 0.7, 0.9), "50%": at_half}
+    rows = [
+        base | {"at": at, "linear": kind, "factors": name, "value": value}
+        for at, values in found.items() for kind, whitened in zip("qkv", values, strict=True)
+        for name, value in {"svd": 0.8 if at == "deployed" else 0.3, "whitened": whitened, "hindsight": 0.2}.items()
+    ]  # fmt: skip
+    rows = pd.DataFrame([*rows, {"metric": "residual_share", "value": 0.05}])
+    known = residual_reading.error_reading(rows, "m")
+    assert f"{said}; its second moment is from 16 calibration samples of 512 tokens. The" in known
+    untold = residual_reading.error_reading(rows.drop(columns="calibration"), "m")
+    assert f"{said}. The residuals themselves" in untold
 
 
 # Whitened rows of Table 3

@@ -161,6 +161,50 @@ def test_the_reading_weighs_a_map_against_its_weight():
     assert "neither" in generalisation_reading.control_reading(none, "m")
 
 
+def kinds(values: dict[tuple[str, int, str], list[float]], linear: str) -> list[dict]:
+    """Rows of a linear, one per layer, from (source, samples, control) -> values."""
+    return [row(source, value, control=control, samples=samples) | {"linear": linear, "layer": layer}
+            for (source, samples, control), own in values.items() for layer, value in enumerate(own)]  # fmt: skip
+
+
+ONE_KIND = {
+    ("calibration", 1, "real"): [0.1, 0.1, 0.1], ("calibration", 1, "permuted-x"): [0.1, 0.1, 0.1],
+    ("calibration", 4, "real"): [0.9, 0.8, 0.2], ("calibration", 4, "permuted-x"): [0.7, 0.6, 0.1],
+    ("heldout", 4, "real"): [0.75, 0.5, 0.7], ("heldout", 4, "permuted-x"): [0.3, 0.4, 0.5],
+}  # fmt: skip
+
+
+def test_the_table_by_linear_has_every_text_with_its_shuffled_control():
+    """Medians over layers; the calibration text with as many samples as the other has; another measure's rows aside."""
+    higher = {key: [x + 0.05 for x in own] for key, own in ONE_KIND.items()}
+    aside = row("heldout", 0.0, "similarity_activation")
+    rows = pd.DataFrame([*kinds(ONE_KIND, "q"), *kinds(higher, "k"), aside])
+    want = [{"linear": "q", "calibration, 4 samples": "0.8000 (0.6000)", "heldout, 4 samples": "0.7000 (0.4000)"},
+            {"linear": "k", "calibration, 4 samples": "0.8500 (0.6500)", "heldout, 4 samples": "0.7500 (0.4500)"}]
+    assert generalisation_reading.kinds_table(rows).to_dict("records") == want
+    other = [row(None, value, control="other-layer") | {"linear": kind} for kind, value in (("q", 0.2), ("k", 0.3))]
+    found = generalisation_reading.kinds_table(pd.concat([rows, pd.DataFrame(other)], ignore_index=True))
+    assert found["another layer"].tolist() == [0.2, 0.3]
+
+
+def test_the_table_by_linear_takes_the_nearest_number_of_calibration_samples():
+    more = {("heldout", 3, control): own for (source, _, control), own in ONE_KIND.items() if source == "heldout"}
+    more |= {key: own for key, own in ONE_KIND.items() if key[0] == "calibration"}
+    found = generalisation_reading.kinds_table(pd.DataFrame(kinds(more, "q")))
+    assert set(found) == {"linear", "calibration, 4 samples", "heldout, 3 samples"}
+    alone = {key: own for key, own in more.items() if key[0] == "calibration"}
+    assert set(generalisation_reading.kinds_table(pd.DataFrame(kinds(alone, "q")))) == {
+        "linear", "calibration, 4 samples"
+    }  # fmt: skip
+
+
+def test_the_table_by_linear_of_a_run_has_all_it_measured(measured):
+    found = generalisation_reading.kinds_table(measured[1])
+    assert list(found["linear"]) == list(KINDS)
+    texts_ = ["calibration, 1 sample", "heldout, 2 samples", "tasks, 2 samples", "random tokens, 2 samples"]
+    assert list(found) == ["linear", *texts_, "another layer"]
+
+
 @pytest.mark.parametrize("bad", [([], [1], []), ([0], [], []), ([0], [0], []), ([0], [1], ["novels"])])
 def test_what_is_not_allowed_is_refused(bad):
     with pytest.raises(ValueError, match="expected some layers"):

@@ -164,3 +164,28 @@ def test_the_reading_of_tokens():
     even = realised(mean=0.5, spread=0.0, worst=0.5, first=0.5)
     assert "worst token" not in inside_reading.realised_reading(even, "m")
     assert "every token reads the same" in inside_reading.first_reading(even, "m")
+
+
+@pytest.mark.parametrize(("measured", "shown"), [
+    (["teal", "wina", "r-sparse", "r-sparse (whitened)"], ["teal", "r-sparse"]), (["r-sparse", "cats"], ["r-sparse"]),
+    (["wina", "r-sparse (whitened)"], ["r-sparse (whitened)"]), ([], []),
+])  # fmt: skip
+def test_the_linears_of_teal_and_r_sparse_are_shown_where_they_were_measured(measured, shown):
+    rows = pd.concat([realised(mean=0.5).assign(line=name) for name in measured] or [realised(mean=0.5).iloc[:0]])
+    other = realised(mean=0.5).assign(line="teal", sparsity=0.7)
+    assert inside_reading.shown(pd.concat([rows, other], ignore_index=True), 0.5) == shown
+
+
+def test_the_table_by_layer_is_of_the_layers_tokens(measured):
+    """Mean, spread and worst over tokens of all linears of a layer together, from the model's own tokens."""
+    study, _, rows = measured
+    study.apply(Setting("teal", 0.5, 0.7), 0)
+    tokens = per_token(study.model, texts.token_ids("tiny", "heldout", study.tokenizer, 3, 40, 0))
+    found = inside_reading.layers_table(rows, "teal", 0.5).set_index("layer")
+    for layer in (0, 1):
+        values = 100 * together({x: v for x, v in tokens.items() if x.layer == layer}).numpy()
+        want = {"mean": values.mean(), "spread over tokens": values.std(), "worst token": values.min()}
+        own = found.loc[layer]
+        assert {name: own[name] for name in want} == pytest.approx(want, abs=1e-4)
+        assert own["planned"] == pytest.approx(50, abs=1)
+    assert list(found.index) == [0, 1]

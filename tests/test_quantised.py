@@ -186,7 +186,8 @@ def test_what_is_said():
     rows = pd.DataFrame(lines, columns=columns).assign(value=lambda x: x[["low", "high"]].mean(axis=1))
     said = quantised_reading.reading(rows, "m")
     assert said.startswith("On `m`. INT4, GPTQ, dense, against the weights as loaded: worse in 1 of 2 comparisons")
-    assert "R-Sparse on INT4, GPTQ, against dense on the same weights: worse in the one comparison" in said
+    own = "R-Sparse on INT4, GPTQ, against dense on the same weights: with 16-bit factors worse in the one comparison"
+    assert own in said
     assert quantised_reading.extra_cost(rows, "m") == (
         "By held-out loss of `m`: R-Sparse 50%, 16-bit factors costs 0.0300 nats per token on INT4, GPTQ, and 0.0200 "
         "on the weights as loaded."
@@ -197,3 +198,17 @@ def test_what_is_said():
     assert found.endswith("no low-rank path, for k and v (INT4, GPTQ: R-Sparse 50%, 16-bit factors).")
     assert "no INT4 weights" in quantised_reading.reading(rows.iloc[-1:], "m")
     assert quantised_reading.extra_cost(rows.iloc[:2], "m") == ""
+
+
+@pytest.mark.parametrize(("low", "high", "told"), [
+    (-0.2, -0.1, "with 16-bit factors worse in the one comparison; with INT4 factors better in the one comparison."),
+    (0.1, 0.2, "with 16-bit and with INT4 factors alike worse in the one comparison."),
+])  # fmt: skip
+def test_what_is_said_is_of_every_precision_of_the_factors(low, high, told):
+    base = {"weights": "int4-rtn", "method": "r-sparse", "sparsity": 0.5, "against": "teal", "task": "heldout"}
+    base |= {"metric": "diff_perplexity_log", "value": 0.0}
+    rows = [base | {"factor_dtype": "float16", "low": 0.1, "high": 0.2}]
+    rows += [base | {"factor_dtype": "int4-g128", "low": low, "high": high}]
+    for own in (rows, rows[::-1]):
+        said = quantised_reading.reading(pd.DataFrame(own), "m")
+        assert said == f"On `m`. R-Sparse on INT4, nearest, against TEAL on the same weights and bytes: {told}"

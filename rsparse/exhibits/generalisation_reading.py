@@ -29,6 +29,37 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def kinds_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per kind of linear, one column per text: the map's similarity to the reference's, medians over layers,
+    and in brackets the same with the channels of x shuffled. Last, the map of another layer, where it was measured.
+
+    The calibration text stands with the number of samples that is nearest to the other texts', or with the most if it
+    is alone.
+    """
+    part = rows[(rows["metric"] == "similarity") & rows["source"].notna() & (rows["source"] != "")]
+    part = _alike(part)
+    middle = part.groupby(["linear", "source", "control"])["value"].median()
+    other = rows[rows["control"] == "other-layer"].groupby("linear")["value"].median()
+    texts = dict(zip(part["source"], part["samples"], strict=True))
+    found = []
+    for linear in dict.fromkeys(part["linear"]):
+        row = {"linear": linear}
+        for text, samples in texts.items():
+            real, shuffled = middle[linear, text, "real"], middle[linear, text, "permuted-x"]
+            row[f"{text}, {samples:.0f} sample{'' if samples == 1 else 's'}"] = f"{real:.4f} ({shuffled:.4f})"
+        found.append(row | ({"another layer": other[linear]} if len(other) else {}))
+    return pd.DataFrame(found)
+
+
+def _alike(part: pd.DataFrame) -> pd.DataFrame:
+    """`part` with one number of calibration samples, the one nearest to the other texts'."""
+    own = part["source"] == "calibration"
+    counts, others = part.loc[own, "samples"], part.loc[~own, "samples"]
+    wanted = others.max() if len(others) else counts.max()
+    nearest = min(counts.unique(), key=lambda count: (abs(count - wanted), -count), default=wanted)
+    return part[~own | (part["samples"] == nearest)]
+
+
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """Columns measure, linear, samples, value: medians over layers, on the calibration text."""
     part = rows[rows["source"] == "calibration"]

@@ -11,6 +11,9 @@ import pandas as pd
 
 from rsparse.exhibits.gains import listed
 
+DETAILED = ("teal", "r-sparse")
+"""Methods that have tables by linear."""
+
 
 def realised_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The whole decoder over tokens, in percent: one row per method, budget and text, means over seeds."""
@@ -22,6 +25,13 @@ def realised_table(rows: pd.DataFrame) -> pd.DataFrame:
     }  # fmt: skip
     found = (100 * wide[list(names)]).rename(columns=names).rename_axis(columns=None).reset_index()
     return found.assign(sparsity=[f"{s:.0%}" for s in found["sparsity"]]).rename(columns={"line": "method"})
+
+
+def shown(rows: pd.DataFrame, sparsity: float) -> list[str]:
+    """The methods whose linears have tables at a sparsity: TEAL and R-Sparse, or the last one where neither was
+    measured."""
+    measured = list(dict.fromkeys(rows.loc[(rows["task"] == "realised") & (rows["sparsity"] == sparsity), "line"]))
+    return [line for line in DETAILED if line in measured] or measured[-1:]
 
 
 def kinds_table(rows: pd.DataFrame, line: str, sparsity: float) -> pd.DataFrame:
@@ -37,6 +47,18 @@ def kinds_table(rows: pd.DataFrame, line: str, sparsity: float) -> pd.DataFrame:
         "layer furthest from plan": gap.agg(lambda x: x.iloc[x.abs().argmax()]),
     })  # fmt: skip
     return (100 * found).rename_axis("linear").reset_index()
+
+
+def layers_table(rows: pd.DataFrame, line: str, sparsity: float) -> pd.DataFrame:
+    """One method on held-out text by layer, its linears together, in percent: mean, spread and worst over tokens."""
+    part = _own(rows, line, sparsity)
+    part = part[(part["text"] == "heldout") & (part["linear"] == "block")]
+    wide = part.pivot_table(index="layer", columns="metric", values="value")
+    found = pd.DataFrame({
+        "planned": wide["planned"], "mean": wide["realised_mean"], "spread over tokens": wide["realised_spread"],
+        "worst token": wide["realised_worst"],
+    })  # fmt: skip
+    return (100 * found).set_axis(found.index.astype(int)).rename_axis("layer").reset_index()
 
 
 def realised_reading(rows: pd.DataFrame, model: str) -> str:

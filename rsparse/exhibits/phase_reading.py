@@ -9,6 +9,7 @@ import math
 
 import pandas as pd
 
+from rsparse.exhibits import path_reading
 from rsparse.exhibits.gains import interval, listed
 
 METHOD, AVERAGE = "multi-phase-relu", "average-2"
@@ -32,10 +33,12 @@ def phases(count: float) -> str:
 
 
 def summary(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
-    """One row per sparsity and line: realised share, accuracies with one standard error, margin, perplexity."""
+    """One row per sparsity and line: R-Sparse's ranks, realised share, accuracies with one standard error, margin,
+    perplexity."""
     found = []
     for (sparsity, side, line), part in lines(rows).groupby(["sparsity", "side", "line"], sort=False):
         row = {"sparsity": f"{sparsity:.0%}", "dropped by": side, "in their place": line}
+        row["ranks"] = path_reading.span(part) if line == DEPLOYED["r-sparse"] else ""
         row["realised (%)"] = 100 * part["realised"].mean()
         for task in tasks:
             value = part[(part["task"] == task) & (part["metric"] == "acc")]
@@ -104,7 +107,7 @@ def recovery_reading(rows: pd.DataFrame, model: str) -> str:
 
 
 def beside(rows: pd.DataFrame, model: str) -> str:
-    """The phases against the deployed methods at the same sparsity, by held-out loss."""
+    """The phases against the deployed methods at the same sparsity, by held-out loss; where R-Sparse has no path."""
     part = rows[(rows["metric"] == "diff_perplexity_log") & (rows["method"] == METHOD)]
     part = part[part["against"].isin(DEPLOYED) & (part["score"] == "magnitude")]
     said = []
@@ -120,4 +123,18 @@ def beside(rows: pd.DataFrame, model: str) -> str:
         f"Dropped by magnitude, as the deployed methods drop, the phases' held-out loss on `{model}` is "
         + "; ".join(said)
         + ". But phases read every weight column: they say what would be enough, not what it costs."
+        + _without_path(rows)
+    )
+
+
+def _without_path(rows: pd.DataFrame) -> str:
+    """At which sparsities the deployed R-Sparse has rank 0, and in which linears; "" where all have a path."""
+    part = rows[(rows["method"] == "r-sparse") & rows["against"].isna()]
+    found = {sparsity: path_reading.without(own) for sparsity, own in part.groupby("sparsity")}
+    said = [f"in {linears} at {sparsity:.0%}" for sparsity, linears in found.items() if linears]
+    if not said:
+        return ""
+    return (
+        f" By the ranks of the first block, {DEPLOYED['r-sparse']} has rank 0, and so no low-rank path, "
+        f"{'; '.join(said)}. Where it has none, zero stands in the place of what it drops, as with TEAL."
     )

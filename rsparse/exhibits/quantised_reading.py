@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from rsparse.accounting import BYTES
-from rsparse.exhibits import gains
+from rsparse.exhibits import gains, path_reading
 from rsparse.exhibits.gains import MEASURES
 
 WEIGHTS = {"": "as loaded", "int4-rtn": "INT4, nearest", "int4-gptq": "INT4, GPTQ"}
@@ -88,11 +88,9 @@ def table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def reading(rows: pd.DataFrame, model: str) -> str:
-    """The comparisons in words, each by how many of its measures and budgets tell the sides apart."""
-    rows, words = plain(rows), ("better", "worse", "not told apart")
-    first = next(iter(rows.loc[(rows["factor_dtype"] != ""), "factor_dtype"]), "")
-    rows = rows[rows["factor_dtype"].isin(["", first])]
-    said = []
+    """The comparisons in words, each by how many of its measures and budgets tell the sides apart; R-Sparse's for every
+    precision of its factors."""
+    rows, said = plain(rows), []
     for weights, name in list(WEIGHTS.items())[1:]:
         here = rows[rows["weights"] == weights]
         for method, against, sentence in (
@@ -103,7 +101,7 @@ def reading(rows: pd.DataFrame, model: str) -> str:
         ):
             found = differences(here, against, (method,))
             if len(found):
-                said.append(f"{sentence}: {gains.tally(found, words)}")
+                said.append(f"{sentence}: {_tallies(found)}")
     if not said:
         return f"On `{model}`, no INT4 weights were measured."
     return f"On `{model}`. " + ". ".join(said) + "."
@@ -122,6 +120,18 @@ def extra_cost(rows: pd.DataFrame, model: str) -> str:
     return f"By held-out loss of `{model}`: {'; '.join(said)}.{_without_path(rows)}" if said else ""
 
 
+def _tallies(found: pd.DataFrame) -> str:
+    """`gains.tally` of each precision of the factors, in the order of tables; what is the same is said once."""
+    names: dict[str, list[str]] = {}
+    for dtype in ["", *PRECISIONS]:
+        part = found[found["factor_dtype"] == dtype]
+        if len(part):
+            words = gains.tally(part, ("better", "worse", "not told apart"))
+            names.setdefault(words, []).append(f"with {PRECISIONS[dtype]}" if dtype else "")
+    return "; ".join(f"{gains.listed(own)} factors{' alike' * (len(own) > 1)} {words}" if own[0] else words
+                     for words, own in names.items())  # fmt: skip
+
+
 def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str:
     if method != "r-sparse":
         return ""
@@ -131,14 +141,7 @@ def _precision(method: str, weights: str, dtype: str, part: pd.DataFrame) -> str
 
 def _ranks(method: str, part: pd.DataFrame) -> str:
     """Lowest to highest rank over the first block's linears; "" where there is none to tell of."""
-    values = sorted(set(_of_linears(part).values())) if method == "r-sparse" else []
-    return " to ".join(str(x) for x in dict.fromkeys((*values[:1], *values[-1:])))
-
-
-def _of_linears(part: pd.DataFrame) -> dict[str, int]:
-    """Linear of the first block -> rank; empty where the rows do not say."""
-    words = next(iter(part["ranks"].dropna()), "").split()
-    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    return path_reading.span(part) if method == "r-sparse" else ""
 
 
 def _without_path(rows: pd.DataFrame) -> str:
@@ -146,9 +149,9 @@ def _without_path(rows: pd.DataFrame) -> str:
     have one."""
     part, said = plain(rows[rows["against"].isna() & (rows["method"] == "r-sparse")]), []
     for (weights, sparsity, dtype), own in part.groupby(["weights", "sparsity", "factor_dtype"]):
-        if none := [kind for kind, rank in _of_linears(own).items() if rank == 0]:
+        if none := path_reading.without(own):
             setting = label({"weights": weights, "method": "r-sparse", "sparsity": sparsity, "factor_dtype": dtype})
-            said.append(f"{gains.listed(none)} ({setting})")
+            said.append(f"{none} ({setting})")
     return f" The budget buys no rank, and so no low-rank path, for {'; '.join(said)}." if said else ""
 
 

@@ -68,7 +68,8 @@ def errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def error_reading(rows: pd.DataFrame, model: str) -> str:
-    """What the deployed rank keeps of the residuals with each set of factors, and how that splits by linear."""
+    """What the deployed rank keeps of the residuals with each set of factors, how that splits by linear, and at which
+    ranks of the table whitened factors are not nearer."""
     part = rows[(rows["metric"] == "relative_error") & (rows["at"] == "deployed")]
     wide = part.pivot_table(index=["layer", "linear"], columns="factors", values="value")
     better = int((wide["whitened"] < wide["svd"]).sum())
@@ -81,9 +82,28 @@ def error_reading(rows: pd.DataFrame, model: str) -> str:
         f"vectors of W leave {mean['svd']:.0%} of the residuals' energy on `{model}`, whitened factors "
         f"{mean['whitened']:.0%}, and the best in hindsight {mean['hindsight']:.0%}, means over linears. Whitened is "
         f"nearer than W's own in {better} of {len(wide)} linears and closes {closed:.0%} of the mean gap to "
-        f"hindsight. The residuals themselves hold {_ends(share, '{:.1%}')} of their linear's "
+        f"hindsight. {_not_nearer(rows)}. The residuals themselves hold {_ends(share, '{:.1%}')} of their linear's "
         "output energy."
     )
+
+
+def _not_nearer(rows: pd.DataFrame) -> str:
+    """At which ranks, as tables name them, whitened factors are not nearer in the median over linears."""
+    part = rows[rows["metric"] == "relative_error"]
+    wide = part.pivot_table(index=["at", "layer", "linear"], columns="factors", values="value", sort=False)
+    gaps = (wide["whitened"] - wide["svd"]).groupby(level="at", sort=False).median()
+    not_nearer = [at for at, gap in gaps.items() if gap >= 0]
+    said = f"not nearer at {listed(not_nearer)}" if not_nearer else "nearer at all of them"
+    return f"Of the ranks in the table, in the median over linears, it is {said}{_made_from(part)}"
+
+
+def _made_from(rows: pd.DataFrame) -> str:
+    """How much calibration text the second moment of whitened factors is from; "" where rows do not say."""
+    known = rows["calibration"].dropna() if "calibration" in rows else []
+    if not len(known):
+        return ""
+    count, _, length = known.iloc[0].rpartition(" ")[2].partition("x")
+    return f"; its second moment is from {count} calibration sample{'' if count == '1' else 's'} of {length} tokens"
 
 
 def half_reading(curves: dict, model: str) -> str:
