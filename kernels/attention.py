@@ -33,7 +33,11 @@ class Attention:
 
     def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """qkv (rows, 1, q and k and v side by side) -> (rows, 1, heads times head_dim); the token's key and value go
-        into keys and values (chunks, rows, kv_heads, chunk, head_dim)."""
+        into keys and values (chunks, rows, kv_heads, chunk, head_dim). ValueError where they do not fit."""
+        wanted = (keys.shape[1], 1, (self.heads + 2 * keys.shape[2]) * keys.shape[4])
+        if qkv.shape != wanted or qkv.dtype != keys.dtype or values.shape != keys.shape:
+            expected = f"{wanted}, {keys.dtype}, as keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+            raise ValueError(f"q/k/v are {tuple(qkv.shape)}, {qkv.dtype}; expected {expected}")
         rows = qkv.reshape(len(qkv), -1).contiguous()
         y = torch.ops.rsparse_kernels.attend(
             rows, self.cos, self.sin, self.position, keys, values, self.heads, self.span, self.window, list(self.work)

@@ -7,6 +7,7 @@ millisecond, which a CPU waits for.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -53,11 +54,8 @@ class Gemv(nn.Module):
         super().__init__()
         if gated and (len(packed.widths) != 2 or packed.widths[0] != packed.widths[1]):
             raise ValueError(f"segments are {packed.widths} wide; expected two of one width, to be gated")
-        if norm is not None and (norm[0].shape != (packed.channels,) or norm[0].dtype != packed.dtype):
-            raise ValueError(
-                f"the norm's weight is {tuple(norm[0].shape)}, {norm[0].dtype}; expected ({packed.channels},), "
-                f"{packed.dtype}"
-            )
+        if norm is not None:
+            _check_norm(norm[0], packed.channels, packed.dtype, packed.table.device)
         if after is not None and (norm is None or after.width != packed.channels):
             raise ValueError(
                 f"after is {after.width} wide and norm {'None' if norm is None else 'given'}; expected "
@@ -144,24 +142,30 @@ class Neurons(nn.Module):
     """The first half of an MLP, of the neurons that a token needs: gate and up (m, n) as stored, x (..., n) -> (.., m).
 
     CATS: neurons whose |SiLU(gate x)| is above `threshold`. GRIFFIN: the `chosen` ones, int32 (k,), for every token.
-    norm: (weight, eps) of an RMS norm that x passes first. ValueError where the two weights differ in shape, or are no
-    rows one behind another; for `chosen` that are none; for x of another width, dtype or device.
+    norm: (weight, eps) of an RMS norm that x passes first. ValueError where the two weights differ in shape, dtype or
+    device, or are no rows one behind another; for a norm or x of another width, dtype or device; for `chosen` that are
+    none, and a threshold that is no number.
     """
 
     def __init__(self, gate: Tensor, up: Tensor, threshold: float = float("-inf"), chosen: Tensor | None = None,
                  norm: tuple[Tensor, float] | None = None):  # fmt: skip
         super().__init__()
-        if gate.shape != up.shape or gate.dtype != up.dtype:
-            raise ValueError(
-                f"gate is {tuple(gate.shape)}, {gate.dtype} and up {tuple(up.shape)}, {up.dtype}; expected the same"
-            )
+        if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+            raise ValueError(f"gate is {_said(gate)} and up {_said(up)}; expected the same")
+        if gate.ndim != 2 or gate.dtype not in packing.DTYPES:
+            expected = f"(m, n), one of {', '.join(map(str, packing.DTYPES))}"
+            raise ValueError(f"gate and up are {_said(gate)}; expected {expected}")
         for name, weight in (("gate", gate), ("up", up)):
             if not weight.is_contiguous():
                 raise ValueError(f"{name} has strides {weight.stride()}; expected rows one behind another")
-        if chosen is not None and not _within(chosen, len(gate)):
+        if norm is not None:
+            _check_norm(norm[0], gate.shape[1], gate.dtype, gate.device)
+        if math.isnan(threshold):
+            raise ValueError(f"threshold is {threshold}; expected a number")
+        if chosen is not None and (chosen.device != gate.device or not _within(chosen, len(gate))):
             raise ValueError(
-                f"chosen neurons are {tuple(chosen.shape)}, {chosen.dtype}; expected a list of at least one, int32, "
-                f"0 to {len(gate) - 1}"
+                f"chosen neurons are {_said(chosen)}; expected a list of at least one, int32, 0 to {len(gate) - 1}, on "
+                f"{gate.device}"
             )
         self.gate, self.up, self.threshold, self.chosen, self.norm = gate, up, threshold, chosen, norm
 
@@ -188,21 +192,24 @@ def _within(chosen: Tensor, neurons: int) -> bool:
 # Of shapes and dtypes alone: a decode step runs these, captured or compiled.
 
 
+def _said(x: Tensor) -> str:
+    return f"{tuple(x.shape)}, {x.dtype} on {x.device}"
+
+
+def _check_norm(weight: Tensor, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    if weight.shape != (channels,) or weight.dtype != dtype or weight.device != device:
+        raise ValueError(f"the norm's weight is {_said(weight)}; expected ({channels},), {dtype} on {device}")
+
+
 def _check(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) -> None:
     if not x.ndim or not x.numel() or x.shape[-1] != channels or x.dtype != dtype or x.device != device:
-        raise ValueError(
-            f"x is {tuple(x.shape)}, {x.dtype} on {x.device}; expected (..., {channels}), at least one token, "
-            f"{dtype} on {device}"
-        )
+        raise ValueError(f"x is {_said(x)}; expected (..., {channels}), at least one token, {dtype} on {device}")
 
 
 def _check_residual(residual: Tensor, x: Tensor, width: int) -> None:
     wanted = (*x.shape[:-1], width)
     if residual.shape != wanted or residual.dtype != x.dtype or residual.device != x.device:
-        raise ValueError(
-            f"residual is {tuple(residual.shape)}, {residual.dtype} on {residual.device}; expected {wanted}, "
-            f"{x.dtype} on {x.device}, as y"
-        )
+        raise ValueError(f"residual is {_said(residual)}; expected {wanted}, {x.dtype} on {x.device}, as y")
 
 
 def _compute(

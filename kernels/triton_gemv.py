@@ -28,6 +28,7 @@ from kernels.quantized import GROUP
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_SEGMENTS = 3
+"""Linears side by side: q, k and v."""
 MOST_TOKENS = 16
 """Tokens of one launch."""
 LEAST_TOKENS = 16
@@ -321,13 +322,15 @@ class Grid:
 
 
 def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Grid:
-    """The grid of one launch. ValueError for more tokens than `MOST_TOKENS`, or than 1 for INT4, and for a
-    configuration that does not fit the table."""
+    """The grid of one launch. ValueError for more tokens than `MOST_TOKENS`, or than 1 for INT4, more segments than
+    `MOST_SEGMENTS`, and for a configuration that does not fit the table."""
     int4 = packed.scales is not None
     most = 1 if int4 else MOST_TOKENS
     if not 1 <= tokens <= most:
         raise ValueError(f"{tokens} tokens; expected 1 to {most}")
     n, r, segments, columns = packed.channels, packed.B.shape[1], len(packed.widths), configuration.columns
+    if segments > MOST_SEGMENTS:
+        raise ValueError(f"segments are {packed.widths} wide; expected at most {MOST_SEGMENTS} for one launch")
     if any(width % columns for width in packed.padded):
         raise ValueError(f"columns is {columns}; expected a divisor of the segments' {packed.padded}")
     rows, warps = configuration.rows, configuration.warps

@@ -115,11 +115,14 @@ def _random(packed: Packed, thresholds: Sequence[float]) -> Packed:
 
 
 def _key(packed: Packed, gated: bool, tokens: int, sparsity: float, normed: bool) -> str:
+    from triton import __version__ as triton
+
     device = torch.cuda.get_device_name(packed.table.device)
     shape = f"{'+'.join(map(str, packed.widths))}x{packed.channels} r{packed.B.shape[1]}"
     shape += " gated" * gated + " normed" * normed
     kind = f"{storage(packed)} {packed.dtype}"
-    return f"{_kernels()} | {device} | {torch.version.cuda} | {kind} | {shape} | {tokens} | {sparsity:.2f}"
+    compiled = f"{device} | CUDA {torch.version.cuda} | Triton {triton}"
+    return f"{_kernels()} | {compiled} | {kind} | {shape} | {tokens} | {sparsity:.2f}"
 
 
 @cache

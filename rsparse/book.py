@@ -255,15 +255,27 @@ def _answers(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:
 
 
 def _runs_table(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:
-    """Device, minutes and memory of every published notebook."""
+    """Device, minutes and memory of every published notebook, and minutes of a preset that ran on one device."""
     if not batches:
         return "No run has been published yet."
-    rows = [
-        {"Run": batch["title"], "Exhibit": exhibit} | _facts(preset, batch, exhibit, checkout)
-        for preset, batch in batches.items()
-        for exhibit in batch["notebooks"]
-    ]
+    rows = []
+    for preset, batch in batches.items():
+        own = [
+            {"Run": batch["title"], "Exhibit": exhibit} | _facts(preset, batch, exhibit, checkout)
+            for exhibit in batch["notebooks"]
+        ]
+        rows += own + _together(own)
     return pages.table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _together(own: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A row of the minutes of all; none where there is one, where some are of other devices, and where some began with
+    what an earlier run had measured."""
+    minutes, devices = [row["Minutes"] for row in own], {row["Device"] for row in own}
+    if len(own) < 2 or len(devices) > 1 or any("resumed" in text for text in minutes):
+        return []
+    total = f"{sum(map(float, minutes)):.1f}"
+    return [own[0] | {"Exhibit": "*together*", "Minutes": total, "Peak memory": "", "Date": ""}]
 
 
 def _versions_table(batches: dict[str, dict[str, Any]], checkout: Checkout) -> str:

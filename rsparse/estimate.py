@@ -20,7 +20,7 @@ import pandas as pd
 from kernels.destination import check_destination
 from rsparse.files import write_json
 from rsparse.paths import HERE, Checkout
-from rsparse.presets import Preset, exhibits_in, has_overnight, load, parameters_of
+from rsparse.presets import Preset, exhibits_in, has_overnight, load, names, parameters_of, unknown
 from rsparse.results import read_journal
 
 GPUS = {  # vendors' data sheets: dense bfloat16 and float64 TFLOP/s, memory TB/s
@@ -57,16 +57,21 @@ def project(
     only: exhibits to project anew; the others, the factors and what was assumed stay as the file has them.
     Raises ValueError where a notebook of the preset was not rehearsed in one go, the rehearsal's GPU is unknown, or the
     file cannot be written; and for `only` where the preset has no such exhibit, there is no file yet, or it is of
-    another rehearsal or of other variants.
+    another rehearsal or of other variants; for a rehearsal that is no preset, or was not run.
     """
+    if rehearsal not in (presets := names(checkout)):
+        raise unknown("preset", rehearsal, presets)
     folder = (run or checkout.run_folder(rehearsal)) / "results"
     variants = {"whole": load(preset, checkout)}
     if has_overnight(preset, checkout):
         variants["overnight"] = load(preset, checkout, overnight=True)
     whole, target = variants["whole"], checkout.results / preset / "estimate.json"
-    if unknown := [exhibit for exhibit in only if exhibit not in whole.parameters]:
-        raise ValueError(f"only {', '.join(unknown)}; expected some of {', '.join(whole.parameters)}")
+    if others := [exhibit for exhibit in only if exhibit not in whole.parameters]:
+        raise ValueError(f"only {', '.join(others)}; expected some of {', '.join(whole.parameters)}")
     known = _known(target, preset, rehearsal, variants) if only else {}
+    if not folder.is_dir():
+        made_by = f"python -m rsparse run --preset {rehearsal}, on a GPU"
+        raise ValueError(f"{folder.parent} holds no run; expected one of: {made_by}")
     check_destination(target)
     rehearsed = {exhibit: _rehearsed(folder, exhibit, preset) for exhibit in only or whole.parameters}
     defaults = {exhibit: parameters_of(path) for exhibit, path in exhibits_in(checkout.notebooks).items()}

@@ -50,20 +50,22 @@ def gemv(dtype: torch.dtype, configuration: Configuration, int4: bool, tokens: i
     front, residual = (x[0], y) if all_options else (None, None)
     work = triton_gemv.workspace(packed, configuration, tokens)
     configured = dict(before=None, next=None, after=None)
+    if all_options and configuration.listed:  # others pass a norm of their own
+        configured["before"] = triton_gemv.Left(empty(tokens, packed.channels), empty(tokens, 64))
     if all_options and segments == 1:
-        configured = dict(before=triton_gemv.Left(empty(tokens, packed.channels), empty(tokens, 64)), next=y[0],
-                          after=triton_gemv.left(packed, configuration, tokens))  # fmt: skip
+        configured |= dict(next=y[0], after=triton_gemv.left(packed, configuration, tokens))
     given = triton_gemv.arguments(x, packed, grid, work, y, front, 1e-5, residual, **configured)
     return given, triton_gemv.constants(packed, gated, configuration, grid, given)
 
 
-def neurons(dtype: torch.dtype, chosen: bool) -> tuple[dict, dict]:
+def neurons(dtype: torch.dtype, chosen: bool, normed: bool) -> tuple[dict, dict]:
     m, n = 11008, 4096
     x, weight, y = empty(n, dtype=dtype), empty(m, n, dtype=dtype), empty(m, dtype=dtype)
     list_ = empty(m // 2, dtype=torch.int32) if chosen else None
-    given = dict(x=x, gate=weight, up=weight, list_=list_, front=x, y=y, threshold=0.1, eps=1e-5, n=n, count=m)
+    given = dict(x=x, gate=weight, up=weight, list_=list_, front=x if normed else None, y=y, threshold=0.1, eps=1e-5,
+                 n=n, count=m)  # fmt: skip
     return given, dict(
-        CHOSEN=chosen, FRONT=True, ROWS=triton_neurons.ROWS, WIDTH=triton_neurons.WIDTH,
+        CHOSEN=chosen, FRONT=normed, ROWS=triton_neurons.ROWS, WIDTH=triton_neurons.WIDTH,
         NORM_WIDTH=4096 // dtype.itemsize,
     )  # fmt: skip
 
@@ -120,9 +122,9 @@ def launches() -> Iterator[tuple[str, object, dict, dict, dict]]:
                 given = attention(dtype, span, window, kv)
                 options = {"num_warps": triton_attention.WARPS}
                 yield f"attention {name} {span}", triton_attention._attend, *given, options
-            for chosen in (False, True):
+            for chosen, normed in product((False, True), repeat=2):
                 options = {"num_warps": triton_neurons.WARPS}
-                yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen), options
+                yield f"neurons {name}", triton_neurons._neurons, *neurons(dtype, chosen, normed), options
 
 
 def resources(kernel) -> tuple[int, int]:

@@ -169,7 +169,7 @@ REFUSED = {
     "reach": (["--methods", "cats@0.6"], "sparsity 0.6 cannot be reached by cats; expected less than 0."),
     "sparsity": (["--sparsity", "1"], "sparsity is 1.0; expected a number in"),
     "new": (["--new", "1"], "new is 1; expected at least 2"),
-    "length": (["--new", "250"], "the model's positions"),
+    "length": (["--new", "250"], "prompt 20 and new 250 take 270 positions; expected at most"),
     "batch": (["--batch", "17"], "the batch has 17 rows; expected at most 16"),
     "dtype": (["--dtype", "int8"], "dtype is 'int8'; expected one of float64, .*, int4"),
     "int4": (["--dtype", "int4"], "device 'cpu'; expected 1 and a GPU for int4"),

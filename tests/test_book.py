@@ -210,6 +210,15 @@ def test_an_unfinished_run_is_published_only_on_request(checkout):
     assert exhibits_in(checkout.exhibits / "small").keys() == {"first"}
 
 
+def test_minutes_are_added_up_where_they_are_of_one_device():
+    own = [{"Run": "r", "Exhibit": x, "Device": "d", "Minutes": y, "Peak memory": "m", "Date": "t"}
+           for x, y in (("a", "1.5"), ("b", "0.2"))]  # fmt: skip
+    total = {"Run": "r", "Exhibit": "*together*", "Device": "d", "Minutes": "1.7", "Peak memory": "", "Date": ""}
+    assert book._together(own) == [total]
+    assert book._together(own[:1]) == book._together([own[0], own[1] | {"Device": "e"}]) == []
+    assert book._together([own[0], own[1] | {"Minutes": "0.2 (resumed)"}]) == []
+
+
 def test_projections_name_what_was_not_rehearsed(checkout):
     cost = {"seconds": 5400, "peak_memory": 2**30, "device": "a GPU"}
     path = checkout.results / "small" / "estimate.json"

@@ -213,3 +213,10 @@ def test_what_cannot_be_projected_is_refused(rehearsed):
     rehearsed.results.touch()
     with pytest.raises(ValueError, match="results is no folder; expected one, for .*estimate.json"):
         project("a6000-llama-2-7b", "rehearsal-llama-2-7b", checkout=rehearsed)
+
+
+def test_a_rehearsal_that_is_no_preset_or_was_not_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown preset 'rehearsal-lama-2-7b', did you mean 'rehearsal-llama-2-7b'"):
+        project("a6000-llama-2-7b", "rehearsal-lama-2-7b")
+    with pytest.raises(ValueError, match="holds no run; expected one of: .* --preset rehearsal-mistral-7b"):
+        project("a6000-mistral-7b", "rehearsal-mistral-7b", tmp_path / "none")

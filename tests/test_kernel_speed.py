@@ -289,12 +289,26 @@ def test_bounds_take_the_lowest_shape():
     chained = rows["over torch, chained through blocks", "bfloat16", 1.65]
     assert (chained["measured"], chained["shapes that meet it"]) == (1.6, "0 of 1")
     assert rows["slowest linear, over torch", "bfloat16", 1.55]["met"] == "yes"
-    assert rows["share of the bandwidth, 4096x4096", "bfloat16", 0.48]["met"] == "yes"
+    assert rows["share of the fastest reading, 4096x4096", "bfloat16", 0.48]["met"] == "yes"
     on_cpu = rows["geometric mean over torch, linear by linear", "float32", 1.5]
-    assert (on_cpu["device"], on_cpu["met"], on_cpu["lowest of"]) == ("a CPU", "yes", "llama-2-7b (o alone)")
+    assert (on_cpu["device"], on_cpu["lowest of"]) == ("a CPU", "llama-2-7b (o alone)")
+    assert on_cpu["met"] == "not judged: some linears alone"
     words = kernel_bounds_reading.reading(table)
-    assert words.startswith("3 of 5 bounds that were measured are met") and "1.60 instead of 1.7" in words
+    assert "1 is of four linears, and only some of them were timed" in words
+    assert words.startswith("2 of 4 bounds that were measured are met") and "1.60 instead of 1.7" in words
     assert f"{len(table) - 5} were not measured" in words
+
+
+def test_shares_are_of_the_fastest_reading_of_a_device():
+    """100 MB/s: half of plain reading's, and a quarter of what a product of torch's shows on the same device."""
+    slow, fast = frame(timing("o")), frame(timing("down", torch=5.0, n=14336), device="other GPU")
+    speeds = kernel_reading.fastest(pd.concat([slow, fast], ignore_index=True))
+    assert dict(speeds) == {"GPU": 200e6, "other GPU": 400e6}
+    both = pd.concat([fast, slow.assign(device="other GPU")], ignore_index=True)
+    for own, share in ((slow, 0.5), (both, 0.25)):
+        table = kernel_bounds_reading.table(own).set_index(["bound", "storage"])
+        assert table.loc[("share of the fastest reading, 4096x4096", "bfloat16"), "measured"] == pytest.approx(share)
+    assert "The fastest reading is at 0.00 TB/s" in kernel_reading.roofline_reading(kernel_reading.roofline(both))
 
 
 def test_every_bound_is_listed_whatever_was_measured():

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,14 +199,15 @@ def test_errors_are_those_of_a_dense_product(dtype, path):
     if path == "triton" and dtype == torch.bfloat16 and not GPU:
         pytest.skip("the interpreter cuts off what a GPU rounds to bfloat16")
     generator, ours, theirs = torch.Generator().manual_seed(0), [], []
-    device, cut = DEVICE if path == "triton" else "cpu", Configuration(64, 32, 3, 1, False)
-    for _ in range(20):
+    device = DEVICE if path == "triton" else "cpu"
+    cuts = [Configuration(64, 32, 3, 1, False), Configuration(64, 32, 3, 1, True), Configuration(128, 32, 2, 1, True)]
+    for i in range(21):
         one = segment(256, 1024, 8, 0.7, dtype, generator)
         x = torch.randn(1024, generator=generator).to(dtype)
         if path == "cpu":
             y = cpu.gemv(x[None], pack([one]))[0]
         else:
-            packed = pack([to(one)])
+            packed, cut = pack([to(one)]), cuts[i % 3]
             y = triton_gemv.gemv(x[None].to(device), packed, False, cut, triton_gemv.workspace(packed, cut))[0].cpu()
         ours.append(wrong_by(y, exact(x, [one], False)))
         theirs.append(wrong_by((one.weight.to(device) @ x.to(device)).cpu(), one.weight.double() @ x.double()))
@@ -240,46 +241,50 @@ def test_tables_of_more_than_two_to_the_31_elements():
 
 def paths(segments, gated=False):
     """name -> function of x (tokens, n)."""
-    flat = pack(segments)
+    flat = pack([to(one) for one in segments])
 
     def one_launch(x, listed):
         configuration = Configuration(64, 16, 3, 1, listed)
         return torch.stack([
             triton_gemv.gemv(row[None], flat, gated, configuration, triton_gemv.workspace(flat, configuration))[0]
-            for row in x
-        ])  # fmt: skip
+            for row in x.to(DEVICE)
+        ]).cpu()  # fmt: skip
 
     return {
         "cpu": lambda x: cpu.gemv(x, pack(segments)),
-        "dense": lambda x: operations.dense(x, flat),
+        "dense": lambda x: operations.dense(x.to(DEVICE), flat).cpu(),
         "masked": lambda x: one_launch(x, False),
         "listed": lambda x: one_launch(x, True),
     }
 
 
-@pytest.mark.skipif(GPU, reason="CPU tensors under the interpreter")
+@pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("path", ["cpu", "dense", "masked", "listed"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_extremes(path, rank):
+def test_extremes(path, rank, dtype):
+    """NaN and inf surface, zero is zero, everything and nothing is dropped, and what is at the threshold."""
     generator = torch.Generator().manual_seed(0)
-    one = segment(40, 30, rank, 0.8, torch.float32, generator)
+    one = segment(40, 30, rank, 0.8, dtype, generator)
     run = paths([one])[path]
-    x = torch.randn(30, generator=generator)
-    assert not run(torch.zeros(1, 30)).any()
+    x = torch.randn(30, generator=generator).to(dtype)
+    assert not run(torch.zeros(1, 30, dtype=dtype)).any()
     for value in (math.nan, math.inf, -math.inf):
         bad = x.clone()
         bad[7] = value
         assert not run(bad[None]).isfinite().any(), "surfaces in every output"
-    dropped = paths([Segment(one.weight, math.inf, one.A, one.B)])[path]
-    expected = torch.zeros(40) if not rank else one.A @ (one.B.T @ x)
-    torch.testing.assert_close(dropped(x[None])[0], expected, rtol=1e-5, atol=1e-6)
-    assert not dropped(torch.full((1, 30), math.inf)).isfinite().any()
-    whole = paths([Segment(one.weight, -math.inf, one.A, one.B)])[path]
-    torch.testing.assert_close(whole(x[None])[0], one.weight @ x, rtol=1e-5, atol=1e-6)
-    tie = torch.zeros(1, 30)
-    tie[0, 3], tie[0, 4] = 0.8, -0.8
-    expected = torch.zeros(40) if not rank else (tie[0] @ one.B) @ one.A.T
-    torch.testing.assert_close(run(tie)[0], expected, rtol=1e-5, atol=1e-6, msg="at the threshold, dropped")
+    one = replace(one, threshold=float(torch.tensor(0.8).to(dtype)))
+    tie = torch.zeros(30, dtype=dtype)
+    tie[3], tie[4] = one.threshold, -one.threshold
+    for threshold, row in ((math.inf, x), (-math.inf, x), (one.threshold, tie)):
+        cut = replace(one, threshold=threshold)
+        dropped = row.double() * (row.abs().double() <= threshold)
+        expected = one.weight.double() @ (row.double() - dropped)
+        if rank:
+            expected += one.A.double() @ (one.B.double().T @ dropped)
+        found = paths([cut])[path](row[None])[0]
+        assert wrong_by(found, expected) < 8 * EPS[dtype] if expected.any() else not found.any()
+    dropped = replace(one, threshold=math.inf)
+    assert not paths([dropped])[path](torch.full((1, 30), math.inf, dtype=dtype)).isfinite().any()
 
 
 # The operation
@@ -600,6 +605,23 @@ def test_neurons_that_do_not_fit():
     for chosen in ([4], [-1], [], [[0]]):
         with pytest.raises(ValueError, match="at least one, int32, 0 to 3"):
             Neurons(gate, gate, chosen=torch.tensor(chosen, dtype=torch.int32))
+    for other in (gate.half(), gate.to("meta")):
+        with pytest.raises(ValueError, match="expected the same"):
+            Neurons(gate, other)
+    for weight in (torch.ones(8, 8, 8), gate.double()):
+        with pytest.raises(ValueError, match=r"expected \(m, n\), one of torch.float32"):
+            Neurons(weight, weight)
+    for norm in (torch.ones(1), torch.ones(8).half(), torch.ones(8, device="meta")):
+        with pytest.raises(ValueError, match=r"the norm's weight is .*; expected \(8,\), torch.float32 on cpu"):
+            Neurons(gate, gate, norm=(norm, 1e-5))
+    with pytest.raises(ValueError, match="threshold is nan"):
+        Neurons(gate, gate, math.nan)
+
+
+def test_no_launch_has_more_than_three_segments():
+    packed = pack([segment(8, 16, 0, 0.5, torch.float32, torch.Generator())] * 4)
+    with pytest.raises(ValueError, match=r"segments are \(8, 8, 8, 8\) wide; expected at most 3"):
+        triton_gemv.workspace(packed, Configuration())
 
 
 # The benchmark

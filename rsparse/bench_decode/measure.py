@@ -147,6 +147,7 @@ def measure(plan: Plan, path: Path | None = None) -> dict[str, Any]:
         check_destination(path)
     recipe = Recipe.load(plan.recipe) if plan.recipe else None
     empty = models.skeleton(plan.model)
+    _check_positions(plan, empty.config.max_position_embeddings)
     _check_reach(plan, empty)
     Architecture.of(empty.config)
     check_request(empty, torch.zeros(plan.batch, plan.prompt, dtype=torch.long), plan.new)
@@ -189,6 +190,12 @@ def _rows(
         yield row
         rsparse.restore(model)
         baselines.forget_compiled()
+
+
+def _check_positions(plan: Plan, most: int) -> None:
+    if (asked := plan.prompt + plan.new) > most:
+        raise ValueError(f"prompt {plan.prompt} and new {plan.new} take {asked} positions; expected at most {most}, "
+                         f"{plan.model}'s")  # fmt: skip
 
 
 def _check_reach(plan: Plan, model: nn.Module) -> None:
