@@ -46,7 +46,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f", did you mean {close[0]!r}?" if close else "."
-    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or 'none'}")
+    several = "; several are separated by spaces" if "," in str(name) else ""
+    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or 'none'}{several}")
 
 
 def exhibits_in(folder: Path) -> dict[str, Path]:

@@ -263,3 +263,9 @@ def test_the_injected_parameters_are_folded_away(checkout):
     injected = next(cell for cell in cells if cell.id == "injected-parameters")
     assert set(injected.metadata.tags) == {"injected-parameters", "hide-input"}
     assert yaml.safe_load(injected.source.replace(" = ", ": "))["scale"] == 3.5
+
+
+def test_several_names_in_one_are_told_apart(checkout):
+    wanted = "unknown notebook of preset small 'first,second-one'.*; several are separated by spaces"
+    with pytest.raises(ValueError, match=wanted):
+        load("small", checkout).choose(["first,second-one"])

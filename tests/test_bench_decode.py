@@ -159,6 +159,7 @@ def test_one_run(small, tmp_path, capsys):
 
 REFUSED = {
     "method": (["--methods", "magic"], "method is 'magic'; expected one of dense"),
+    "spaces": (["--methods", "dense teal"], "method is 'dense teal'; expected one of .*, and commas between several"),
     "its sparsity": (["--methods", "teal@2"], r"expected names, or name@sparsity with a sparsity in \[0, 1\)"),
     "no knob": (["--methods", "teal,dense@0.5"], "method is 'dense@0.5'; expected dense, which takes no sparsity"),
     "no knob either": (["--methods", "relufication@0.5"], "expected relufication, which takes no sparsity"),

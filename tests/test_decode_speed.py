@@ -183,7 +183,9 @@ def test_gains_over_length_stand_beside_the_papers():
     said = decode_reading.gain_reading(own)
     assert "60% over our dense engine" in said and "220% for llama-2-7b, where the paper has 42%" in said
     assert "0 of 3 gains shrink" in said
-    figures.speed_lines(decode_reading.gain_points(own), "x", "y", doubling=True, level=0, mark="paper")
+    points = decode_reading.gain_points(own)
+    assert set(points.dropna(subset=["mark"])["series"]) == {"over Hugging Face, eager"}, "and beside no other line"
+    figures.speed_lines(points, "x", "y", doubling=True, level=0, mark="paper")
 
 
 def test_other_papers_numbers():

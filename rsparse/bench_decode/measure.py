@@ -81,7 +81,8 @@ class Plan:
         ):  # fmt: skip
             for value in chosen:
                 if value not in known:
-                    raise ValueError(f"{what} is {value!r}; expected one of {', '.join(known)}")
+                    hint = ", and commas between several" if " " in value else ""
+                    raise ValueError(f"{what} is {value!r}; expected one of {', '.join(known)}{hint}")
         self._check_rows()
         if self.dtype == INT4 and (self.batch > 1 or not self.device.startswith("cuda")):
             raise ValueError(f"batch is {self.batch}, device {self.device!r}; expected 1 and a GPU for {INT4}")
