@@ -91,27 +91,13 @@ def _gemv(
     INT4: tl.constexpr, LISTED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, LIST: tl.constexpr, RANK_ROWS: tl.constexpr,
     PARTS: tl.constexpr, Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr,
-    Z_STRETCH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, LISTING: tl.constexpr,
-    AHEAD: tl.constexpr, MARK: tl.constexpr, GIVEN: tl.constexpr, LEAVE: tl.constexpr, CHAINED: tl.constexpr,
+    Z_STRETCH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, CHAINED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """See the module. m: padded columns; m0, m1, m2: outputs of each segment, first, second: blocks of the first two.
     next: weight of the norm that reads y; weighted, squares: what is left for it, where NEXT, see triton_tiles.LEFT.
     flags: arrivals at z, leavers of the rank path, then arrivals at each block of outputs; all 0 before and after."""
     program = tl.program_id(0)
-    if AHEAD:
-        if program < z_programs:
-            per_segment = tl.cdiv(r, Z_RANKS)
-            rest = program % z_blocks
-            rank = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
-            line = program % (z_stretches * z_blocks) // z_blocks * Z_STRETCH + tl.arange(0, Z_STRETCH // AHEAD) * AHEAD
-            at = (rest // per_segment * r + tl.minimum(rank, r - 1)).to(tl.int64)[:, None] * n
-            _prefetch(B + at + tl.minimum(line, n - 1)[None, :])
-        else:
-            tile = (program - z_programs) // blocks - splits
-            if tile >= 0:
-                rank = tl.minimum(tile * RANK_ROWS + tl.arange(0, RANK_ROWS), r - 1).to(tl.int64)
-                _prefetch(A + rank * m + (program - z_programs) % blocks * COLUMNS)
     if CHAINED:
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
@@ -132,7 +118,7 @@ def _gemv(
         _sparse_path(
             x, table, scales, thresholds, norms, front, eps, scratch, values, number.to(tl.int64), out, n, m, block,
             segment, columns, start, tl.minimum(start + stretch, n), stretch, places, TOKENS, PAD, NORMS, FRONT, INT4,
-            LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, LISTING, MARK, GIVEN, INTERPRETED,
+            LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
         )  # fmt: skip
     else:
         sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, flags,
@@ -144,8 +130,6 @@ def _gemv(
             tl.store(flags + 1, 0)
     if CHAINED:
         gdc_launch_dependents()
-    if LEAVE:
-        return
     tl.debug_barrier()
     parts = splits + rank_tiles
     place = block % first if GATED else block
@@ -155,12 +139,6 @@ def _gemv(
         tl.store(flags + 2 + place, 0)
         _reduce(partial, bias, residual, y, next, weighted, squares, m, parts, place, segment, m0, m1, m2, first,
                 second, blocks, TOKENS, TOGETHER, BIAS, RESIDUAL, NEXT, GATED, COLUMNS, PARTS)  # fmt: skip
-
-
-@triton.jit
-def _prefetch(place):
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place.to(tl.int64)], dtype=tl.int32,
-                              is_pure=False, pack=1)
 
 
 @triton.jit
@@ -195,8 +173,7 @@ def _sparse_path(
     x, table, steps, thresholds, norms, front, eps, scratch, values, number, out, n, m, block, segment, columns, start,
     end, stretch, places, TOKENS: tl.constexpr, PAD: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
     INT4: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
-    LIST: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, LISTING: tl.constexpr,
-    MARK: tl.constexpr, GIVEN: tl.constexpr, INTERPRETED: tl.constexpr,
+    LIST: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Leaves the sum over the kept channels of start..end at `out`. number: of the program, for its list."""
     threshold = tl.load(thresholds + segment)
@@ -216,21 +193,9 @@ def _sparse_path(
             tiles.int4(x, table, steps, front, scale, own, threshold, start, end, m, block, entries, out, LISTED, ROWS,
                        COLUMNS, NORMS, FRONT, VOTES, INTERPRETED)  # fmt: skip
         elif LISTED:
-            if LISTING:
-                entries = tiles.own_memory(LISTING)
-            if GIVEN:
-                entries = scratch + number * stretch
-                count = tl.load(entries + stretch - 1)
-                sums = tiles.listed(x, table, front, scale, entries, start, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
-                                0, INTERPRETED)
-            else:
-                count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES,
-                                        LISTING)  # fmt: skip
-                sums = tiles.listed(x, table, front, scale, entries, start, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
-                                    LISTING, INTERPRETED)  # fmt: skip
-                if not LISTING:
-                    if MARK:
-                        tl.store(entries + stretch - 1, count)
+            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES)
+            sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
+                                INTERPRETED)  # fmt: skip
             tl.store(out + columns, sums)
         else:
             sums = tiles.masked(x, table, front, scale, own, threshold, start, end, m, columns, ROWS, COLUMNS, NORMS,
@@ -452,24 +417,11 @@ def gemv(x: Tensor, packed: Packed, gated: bool, configuration: Configuration, w
     linked = chained(x.device)
     given = arguments(x, packed, grid, work, y, front, eps, residual, before, next, after)
     fixed = constants(packed, gated, configuration, grid, given)
-    if TRIAL["given"]:
-        given["z_programs"] = 0
-    _gemv[(grid.programs - grid.z_programs * TRIAL["given"],)](
+    _gemv[(grid.programs,)](
         **given, **fixed, CHAINED=linked, INTERPRETED=INTERPRETED, num_warps=configuration.warps, launch_pdl=linked,
         maxnreg=most_registers(packed, configuration, grid.tokens),
     )
     return y
-
-
-TRIAL = {name: name in os.environ.get("TRIAL", "").split(",") for name in ("shared", "ahead", "mark", "given", "leave")}
-
-
-def listing(packed, configuration, grid) -> int:
-    """Entries of a program's list in shared memory; 0 where it is elsewhere."""
-    one = configuration.warps == 1 and grid.tokens == 1 and configuration.listed and packed.scales is None
-    if INTERPRETED or not one or grid.stretch > tiles.LONG or not TRIAL["shared"]:
-        return 0
-    return tiles.SHORT if grid.stretch <= tiles.SHORT else tiles.LONG
 
 
 def most_registers(packed: Packed, configuration: Configuration, tokens: int = 1) -> int | None:
@@ -514,7 +466,5 @@ def constants(packed: Packed, gated: bool, configuration: Configuration, grid: G
         LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows, PARTS=2048 * warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
         STRETCHES=triton.next_power_of_2(max(1, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
-        VOTES=warps == 1 and not INTERPRETED, LISTING=listing(packed, configuration, grid),
-        AHEAD=128 // packed.dtype.itemsize if TRIAL["ahead"] and packed.B.shape[1] else 0,
-        MARK=TRIAL["mark"], GIVEN=TRIAL["given"], LEAVE=TRIAL["leave"],
+        VOTES=warps == 1 and not INTERPRETED,
     )  # fmt: skip

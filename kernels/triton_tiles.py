@@ -140,73 +140,33 @@ def places_of(keep, VOTES: tl.constexpr):
         return tl.cumsum(keep, axis=0) - 1, tl.sum(keep, axis=0)
 
 
-def _memory(entries: int) -> tl.constexpr:
-    """PTX: the address of shared memory for so many entries of two bytes, of one program. Triton has none to index."""
-    return tl.constexpr(f".shared .align 4 .b8 kept_channels[{2 * entries}]; mov.u32 $0, kept_channels;")
-
-
-SHORT, LONG = 2048, 8192
-"""Channels that a list in shared memory may hold; two sizes, so that few kernels are compiled."""
-_MORE = 256
-"""Entries behind the last one, which a loop reads in vain."""
-_SHORT, _LONG = _memory(SHORT + _MORE), _memory(LONG + _MORE)
-
-
-@triton.jit
-def own_memory(LISTING: tl.constexpr):
-    """Where a program's list is in shared memory."""
-    return tl.inline_asm_elementwise(_SHORT if LISTING == 2048 else _LONG, "=r", [], dtype=tl.int32, is_pure=False,
-                                     pack=1)  # fmt: skip
-
-
-@triton.jit
-def _put(memory, place, entry, keep):
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b16 h; setp.ne.u32 p, $3, 0; cvt.u16.u32 h, $2; @p st.shared.b16 [$1], h; mov.u32 $0, 0; }",
-        "=r,r,r,r", [memory + 2 * place, entry, keep], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _got(memory, place):
-    return tl.inline_asm_elementwise("{ .reg .b16 h; ld.shared.b16 h, [$1]; cvt.u32.u16 $0, h; }", "=r,r",
-                                     [memory + 2 * place], dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
-
-
 @triton.jit
 def list_kept(x, front, scale, norms, threshold, start, end, entries, LIST: tl.constexpr, NORMS: tl.constexpr,
-              FRONT: tl.constexpr, VOTES: tl.constexpr, LISTING: tl.constexpr):  # fmt: skip
-    """Writes the kept channels of start..end to `entries`, `LIST` at a time; how many there are. LISTING: `entries` is
-    shared memory of so many, and holds distances from start."""
+              FRONT: tl.constexpr, VOTES: tl.constexpr):  # fmt: skip
+    """Writes the kept channels of start..end to `entries`, `LIST` at a time; how many there are."""
     count = 0
     for begin in range(start, end, LIST):
         rows = begin + tl.arange(0, LIST)
         _, wanted = sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
         keep = wanted.to(tl.int32)
         place, found = places_of(keep, VOTES)
-        if LISTING:
-            _put(entries, count + place, rows - start, keep)
-        else:
-            tl.store(entries + count + place, rows, mask=keep != 0)
+        tl.store(entries + count + place, rows, mask=keep != 0)
         count += found
     tl.debug_barrier()
     return count
 
 
 @triton.jit
-def _entries(x, front, scale, entries, start, position, count, FRONT: tl.constexpr, LISTING: tl.constexpr):
-    """Channels and x at `position` of a list; another channel and 0 past its end."""
+def _entries(x, front, scale, entries, position, count, FRONT: tl.constexpr):
+    """Channels and x at `position` of a list; 0 past its end."""
     inside = position < count
-    if LISTING:
-        row = start + tl.where(inside, _got(entries, position), 0)
-    else:
-        row = tl.load(entries + position, mask=inside, other=0)
+    row = tl.load(entries + position, mask=inside, other=0)
     return row, read(x, front, scale, row, inside, FRONT)
 
 
 @triton.jit
-def listed(x, table, front, scale, entries, start, count, m, columns, ROWS: tl.constexpr, SUB: tl.constexpr,
-           COLUMNS: tl.constexpr, FRONT: tl.constexpr, LISTING: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def listed(x, table, front, scale, entries, count, m, columns, ROWS: tl.constexpr, SUB: tl.constexpr,
+           COLUMNS: tl.constexpr, FRONT: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """`masked` over a list of `count` kept channels, so that every tile is full; behind it, row 0 is read in vain. A
     sum per place of the tile is fastest where a warp's registers hold them, else one per row that it loads at once."""
     WIDE: tl.constexpr = ROWS > 8 * SUB
@@ -215,13 +175,13 @@ def listed(x, table, front, scale, entries, start, count, m, columns, ROWS: tl.c
     if not WIDE:
         position, block = tl.arange(0, ROWS), table + columns[None, :]
     sums = tl.zeros((SUB if WIDE else ROWS, COLUMNS), tl.float32)
-    row, value = _entries(x, front, scale, entries, start, position, count, FRONT, LISTING)
+    row, value = _entries(x, front, scale, entries, position, count, FRONT)
     for _ in range(0, count, ROWS):
         weight = tl.load(block + tl.expand_dims(row.to(tl.int64), -1) * m, eviction_policy="evict_first")
         zero = in_flight(INTERPRETED)
         now = tl.expand_dims(value + zero.to(tl.float32), -1)
         position += ROWS
-        row, value = _entries(x, front, scale, entries + zero, start, position, count, FRONT, LISTING)
+        row, value = _entries(x, front, scale, entries + zero, position, count, FRONT)
         part = weight.to(tl.float32) * now
         sums += tl.sum(part, axis=0) if WIDE else part
     return tl.sum(sums, axis=0)
