@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels import triton_lists as lists
 from kernels import triton_tiles as tiles
 
 STAGES = tl.constexpr(5)
@@ -44,7 +45,7 @@ def list_kept(x, front, scales, norms, threshold, n, start, end, entries, values
                                          channels < end, NORMS, FRONT)  # fmt: skip
             keep |= wanted.to(tl.int32)
             own = own + (value.to(values.dtype.element_ty),)
-        place, found = tiles.places_of(keep, VOTES)
+        place, found = lists.places_of(keep, VOTES)
         tl.store(entries + count + place, channels, mask=keep != 0)
         for token in tl.static_range(TOKENS):
             tl.store(values + token * stride + count + place, own[token], mask=keep != 0)
@@ -72,8 +73,8 @@ def listed(table, entries, values, stride, count, m, columns, TOKENS: tl.constex
 
 
 @triton.jit
-def z_part(x, B, front, scales, norms, threshold, n, r, segment, ranks, first, start, end, TOKENS: tl.constexpr,
-           TOGETHER: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr,
+def z_part(x, B, front, scales, norms, threshold, n, r, segment, ranks, used, first, start, end,
+           TOKENS: tl.constexpr, TOGETHER: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr,
            FRONT: tl.constexpr):  # fmt: skip
     """`triton_tiles.z_part` of TOGETHER tokens from `first` on, the last one again beyond: a tuple of (RANKS,)."""
     rows = B + (segment * r + ranks).to(tl.int64)[:, None] * n
@@ -84,7 +85,7 @@ def z_part(x, B, front, scales, norms, threshold, n, r, segment, ranks, first, s
         channels = begin + tiles.place_of(WIDTH, 8)
         inside = channels < end
         weight = tl.load(
-            rows[:, :, None] + channels[None, :, :], mask=(ranks < r)[:, None, None] & inside[None, :, :], other=0.0
+            rows[:, :, None] + channels[None, :, :], mask=(ranks < used)[:, None, None] & inside[None, :, :], other=0.0
         )  # fmt: skip
         found = ()
         for i in tl.static_range(TOGETHER):

@@ -4,6 +4,8 @@ The grid has three kinds of programs. The first ones compute z = B^T (x - s(x)),
 channels. The next ones, one per block of columns and stretch of channels, read the kept channels' rows of W^T. The last
 ones, one per block of columns and tile of ranks, read A^T's rows, which they load before they wait for z. Whoever is
 the last to arrive at a block of columns adds up what all have left there, in a fixed order: no floating-point atomics.
+A launch may begin while the one before still runs: A and B, which every token reads, are on their way by the time that
+x is there.
 
 Waiting assumes that programs start in the order of their numbers, which the z programs come first in. The workspace
 belongs to one launch at a time: it must not be shared between streams.
@@ -22,6 +24,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import triton_batch as batch
+from kernels import triton_lists as lists
 from kernels import triton_tiles as tiles
 from kernels.packing import COLUMNS, Packed
 from kernels.quantized import GROUP
@@ -91,26 +94,31 @@ def _gemv(
     INT4: tl.constexpr, LISTED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr, LIST: tl.constexpr, RANK_ROWS: tl.constexpr,
     PARTS: tl.constexpr, Z_WIDTH: tl.constexpr, NORM_WIDTH: tl.constexpr, STRETCHES: tl.constexpr,
-    Z_STRETCH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, CHAINED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    Z_STRETCH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, SHARED: tl.constexpr,
+    CHAINED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """See the module. m: padded columns; m0, m1, m2: outputs of each segment, first, second: blocks of the first two.
     next: weight of the norm that reads y; weighted, squares: what is left for it, where NEXT, see triton_tiles.LEFT.
     flags: arrivals at z, leavers of the rank path, then arrivals at each block of outputs; all 0 before and after."""
     program = tl.program_id(0)
+    number = program - z_programs
+    block, split = number % blocks, number // blocks
+    segment = (block >= first).to(tl.int32) + (block >= first + second).to(tl.int32)
     if CHAINED:
+        if program < z_programs:
+            _fetch_z(B, ranks, program, n, r, z_blocks, z_stretches, Z_STRETCH)
+        elif split >= splits:
+            rank = (split - splits) * RANK_ROWS
+            tiles.fetch(A, m, rank, RANK_ROWS, tl.load(ranks + segment), block * COLUMNS, COLUMNS, m)
         gdc_wait()  # launched while the operation before still runs
     if program < z_programs:
-        _leave_z(x, B, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS, TOGETHER,
-                 SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
+        _leave_z(x, B, ranks, thresholds, norms, front, eps, z, program, n, r, z_blocks, z_stretches, places, TOKENS,
+                 TOGETHER, SEGMENTS, NORMS, FRONT, Z_WIDTH, Z_STRETCH, NORM_WIDTH, PLACES)  # fmt: skip
         tl.debug_barrier()
         tl.atomic_add(flags, 1, sem="release")
         if CHAINED:
             gdc_launch_dependents()
         return
-    number = program - z_programs
-    block, split = number % blocks, number // blocks
-    segment = (block >= first).to(tl.int32) + (block >= first + second).to(tl.int32)
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     out = partial + split * TOKENS * m
     if split < splits:
@@ -118,7 +126,7 @@ def _gemv(
         _sparse_path(
             x, table, scales, thresholds, norms, front, eps, scratch, values, number.to(tl.int64), out, n, m, block,
             segment, columns, start, tl.minimum(start + stretch, n), stretch, places, TOKENS, PAD, NORMS, FRONT, INT4,
-            LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, INTERPRETED,
+            LISTED, COLUMNS, ROWS, SUB, LIST, NORM_WIDTH, PLACES, VOTES, SHARED, INTERPRETED,
         )  # fmt: skip
     else:
         sums = tiles.low_rank(A, z, ranks, split - splits, m, r, segment, SEGMENTS, z_stretches, columns, flags,
@@ -142,29 +150,42 @@ def _gemv(
 
 
 @triton.jit
-def _leave_z(x, B, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places, TOKENS: tl.constexpr,
-             TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
-             WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr,
+def _place_of_z(index, r, z_blocks, z_stretches):
+    """Which stretch, segment and first rank the z program `index` computes."""
+    per_segment, rest = tl.cdiv(r, Z_RANKS), index % z_blocks
+    return index // z_blocks % z_stretches, rest // per_segment, rest % per_segment * Z_RANKS
+
+
+@triton.jit
+def _fetch_z(B, ranks, index, n, r, z_blocks, z_stretches, Z_STRETCH: tl.constexpr):
+    """What `_leave_z` reads of B into the last cache."""
+    part, segment, rank = _place_of_z(index, r, z_blocks, z_stretches)
+    rows = B + (segment * r).to(tl.int64) * n
+    tiles.fetch(rows, n, rank, Z_RANKS, tl.load(ranks + segment), part * Z_STRETCH, Z_STRETCH, n)
+
+
+@triton.jit
+def _leave_z(x, B, ranks, thresholds, norms, front, eps, z, index, n, r, z_blocks, z_stretches, places,
+             TOKENS: tl.constexpr, TOGETHER: tl.constexpr, SEGMENTS: tl.constexpr, NORMS: tl.constexpr,
+             FRONT: tl.constexpr, WIDTH: tl.constexpr, Z_STRETCH: tl.constexpr, NORM_WIDTH: tl.constexpr,
              PLACES: tl.constexpr):  # fmt: skip
     """z of some ranks over a stretch of channels, of one token or of TOGETHER. index: of the program."""
-    per_tokens, per_segment = z_stretches * z_blocks, tl.cdiv(r, Z_RANKS)
-    part, rest = index % per_tokens // z_blocks, index % z_blocks
-    segment = rest // per_segment
-    own = (rest % per_segment) * Z_RANKS + tl.arange(0, Z_RANKS)
+    part, segment, rank = _place_of_z(index, r, z_blocks, z_stretches)
+    own, used = rank + tl.arange(0, Z_RANKS), tl.load(ranks + segment)
     begin, threshold = part * Z_STRETCH, tl.load(thresholds + segment)
     end, of_segment = tl.minimum(begin + Z_STRETCH, n), norms + segment * n if NORMS else norms
     out, stride = z + (part * SEGMENTS + segment) * r + own, z_stretches * SEGMENTS * r
     if TOKENS > 1:
-        token = index // per_tokens * TOGETHER
+        token = index // (z_stretches * z_blocks) * TOGETHER
         scales = batch.scales_of(x, front, n, eps, places, token, TOGETHER, TOKENS, FRONT, NORM_WIDTH, PLACES)
-        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, segment, own, token, begin, end, TOKENS,
-                              TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
+        totals = batch.z_part(x, B, front, scales, of_segment, threshold, n, r, segment, own, used, token, begin, end,
+                              TOKENS, TOGETHER, Z_RANKS, WIDTH, NORMS, FRONT)  # fmt: skip
         for i in tl.static_range(TOGETHER):
             tl.store(out + (token + i) * stride, totals[i], mask=(own < r) & (token + i < TOKENS))
     else:
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
-        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, segment, own, begin, end, Z_RANKS, WIDTH,
-                             NORMS, FRONT)  # fmt: skip
+        total = tiles.z_part(x, B, front, scale, of_segment, threshold, n, r, segment, own, used, begin, end, Z_RANKS,
+                             WIDTH, NORMS, FRONT)  # fmt: skip
         tl.store(out, total, mask=own < r)
 
 
@@ -173,7 +194,8 @@ def _sparse_path(
     x, table, steps, thresholds, norms, front, eps, scratch, values, number, out, n, m, block, segment, columns, start,
     end, stretch, places, TOKENS: tl.constexpr, PAD: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr,
     INT4: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
-    LIST: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, INTERPRETED: tl.constexpr,
+    LIST: tl.constexpr, NORM_WIDTH: tl.constexpr, PLACES: tl.constexpr, VOTES: tl.constexpr, SHARED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Leaves the sum over the kept channels of start..end at `out`. number: of the program, for its list."""
     threshold = tl.load(thresholds + segment)
@@ -187,15 +209,16 @@ def _sparse_path(
         sums = batch.listed(table, entries, beside, length, count, m, columns, TOKENS, PAD, ROWS, COLUMNS, INTERPRETED)
         _leave(out, sums, m, columns, TOKENS, PAD)
     else:
-        entries = scratch + number * stretch
+        entries = lists.own_memory(SHARED) if SHARED else scratch + number * stretch
         scale = tiles.scale_of(x, front, n, eps, places, FRONT, NORM_WIDTH, PLACES)
         if INT4:
             tiles.int4(x, table, steps, front, scale, own, threshold, start, end, m, block, entries, out, LISTED, ROWS,
-                       COLUMNS, NORMS, FRONT, VOTES, INTERPRETED)  # fmt: skip
+                       COLUMNS, NORMS, FRONT, VOTES, SHARED, INTERPRETED)  # fmt: skip
         elif LISTED:
-            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES)
-            sums = tiles.listed(x, table, front, scale, entries, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
-                                INTERPRETED)  # fmt: skip
+            count = tiles.list_kept(x, front, scale, own, threshold, start, end, entries, LIST, NORMS, FRONT, VOTES,
+                                    SHARED)  # fmt: skip
+            sums = tiles.listed(x, table, front, scale, entries, start, count, m, columns, ROWS, SUB, COLUMNS, FRONT,
+                                SHARED, INTERPRETED)  # fmt: skip
             tl.store(out + columns, sums)
         else:
             sums = tiles.masked(x, table, front, scale, own, threshold, start, end, m, columns, ROWS, COLUMNS, NORMS,
@@ -289,7 +312,8 @@ def _total(partial, bias, token, m, columns, within, inside, parts, TOKENS: tl.c
 
 @dataclass(frozen=True)
 class Grid:
-    """How many programs of each kind a launch has, how long their stretches are, and what of one a list may hold."""
+    """How many programs of each kind a launch has, how long their stretches are, and how many entries the list of one
+    has: in shared memory, or in the workspace."""
 
     tokens: int
     columns: int
@@ -300,7 +324,8 @@ class Grid:
     stretch: int
     rank_rows: int
     rank_tiles: int
-    listing: int
+    shared: int
+    scratch: int
 
     @property
     def together(self) -> int:
@@ -340,12 +365,14 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
     if int4 and (columns < COLUMNS or not 8 <= configuration.rows <= GROUP or configuration.warps > 1):
         raise ValueError(f"{configuration}; expected at least {COLUMNS} columns, 8 to {GROUP} rows and 1 warp for INT4")
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)
-    listed = configuration.listed or tokens > 1
+    listed = stretch + (rows if tokens > 1 else 0) if configuration.listed or tokens > 1 else 0
+    own_memory = listed and tokens == warps == 1 and rows <= GROUP and not INTERPRETED
+    shared = lists.shared_entries(stretch) if own_memory else 0
     rank_rows = max(min(32, 2048 // columns), 16 if tokens > 1 else 1)
     return Grid(
         tokens, columns, -(-n // Z_STRETCH) if r else 0, segments * -(-r // Z_RANKS.value),
-        sum(packed.padded) // columns, -(-n // stretch), stretch, rank_rows, -(-r // rank_rows),
-        stretch + (configuration.rows if tokens > 1 else 0) if listed else 0,
+        sum(packed.padded) // columns, -(-n // stretch), stretch, rank_rows, -(-r // rank_rows), shared,
+        0 if shared else listed,
     )  # fmt: skip
 
 
@@ -370,13 +397,13 @@ def workspace(packed: Packed, configuration: Configuration, tokens: int = 1) -> 
     grids, device = [grid_of(packed, configuration, count) for count in {1, tokens}], packed.table.device
     partial = max(grid.parts * grid.tokens for grid in grids) * sum(packed.padded)
     z = max(grid.tokens * grid.z_stretches for grid in grids) * packed.B.shape[0] * packed.B.shape[1]
-    lists = [grid.blocks * grid.splits * grid.listing for grid in grids]
-    values = max(x * grid.tokens if grid.tokens > 1 else 0 for x, grid in zip(lists, grids, strict=True))
+    scratch = [grid.blocks * grid.splits * grid.scratch for grid in grids]
+    values = max(x * grid.tokens if grid.tokens > 1 else 0 for x, grid in zip(scratch, grids, strict=True))
     return Workspace(
         torch.empty(partial, device=device),
         torch.empty(max(1, z), device=device),
         torch.zeros(2 + max(grid.blocks for grid in grids), dtype=torch.int32, device=device),
-        torch.empty(max(1, *lists), dtype=torch.int32, device=device),
+        torch.empty(max(1, *scratch), dtype=torch.int32, device=device),
         torch.empty(max(1, values), dtype=packed.dtype, device=device),
     )
 
@@ -466,5 +493,5 @@ def constants(packed: Packed, gated: bool, configuration: Configuration, grid: G
         LIST=LIST * (warps if grid.tokens > 1 else 1), RANK_ROWS=grid.rank_rows, PARTS=2048 * warps // grid.columns,
         Z_WIDTH=1024 // packed.dtype.itemsize, NORM_WIDTH=4096 // packed.dtype.itemsize,
         STRETCHES=triton.next_power_of_2(max(1, grid.z_stretches)), Z_STRETCH=Z_STRETCH,
-        VOTES=warps == 1 and not INTERPRETED,
+        VOTES=warps == 1 and not INTERPRETED, SHARED=grid.shared,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import itertools
 import triton
 import triton.language as tl
 
+from kernels import triton_lists as lists
+
 
 @triton.jit
 def in_flight(INTERPRETED: tl.constexpr):
@@ -21,6 +23,19 @@ def in_flight(INTERPRETED: tl.constexpr):
     return tl.inline_asm_elementwise(
         "bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def fetch(table, stride, row, ROWS: tl.constexpr, rows, column, COLUMNS: tl.constexpr, columns):
+    """ROWS x COLUMNS of a table from `row` and `column` on into the last cache, without waiting for them; none of what
+    lies beyond its `rows` and `columns`."""
+    LINE: tl.constexpr = min(1024 // table.dtype.element_ty.primitive_bitwidth, COLUMNS)
+    row = tl.minimum(row + tl.arange(0, ROWS), tl.maximum(rows, 1) - 1).to(tl.int64)
+    column = tl.minimum(column + tl.arange(0, COLUMNS // LINE) * LINE, columns - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+        [(table + row[:, None] * stride + column[None, :]).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -106,68 +121,33 @@ def masked(x, table, front, scale, norms, threshold, start, end, m, columns, ROW
     return tl.sum(sums, axis=0)
 
 
-def _ballots(count: int) -> tl.constexpr:
-    """PTX: places among all that are kept of a warp's `count` flags a thread, in `count` registers, and how many there
-    are, in as many."""
-    flags = "".join(
-        f"setp.ne.u32 p, ${2 * count + i}, 0; vote.sync.ballot.b32 b, p, 0xffffffff; and.b32 t, b, lower; "
-        f"popc.b32 t, t; add.u32 ${i}, t, sum; popc.b32 t, b; add.u32 sum, sum, t; "
-        for i in range(count)
-    )
-    totals = "".join(f"mov.u32 ${count + i}, sum; " for i in range(count))
-    return tl.constexpr("{ .reg .pred p; .reg .b32 b, t, lower, sum; mov.u32 lower, %lanemask_lt; mov.u32 sum, 0; "
-                        + flags + totals + "}")  # fmt: skip
-
-
-_BALLOTS_4, _BALLOTS_8 = _ballots(4), _ballots(8)
-_REGISTERS_4 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 4))
-_REGISTERS_8 = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 8))
-
-
-@triton.jit
-def places_of(keep, VOTES: tl.constexpr):
-    """Places for the kept ones of `keep` (256 flags, or 128), without gaps, and how many they are. VOTES: of one warp,
-    whose threads vote; the order is then that of registers."""
-    if VOTES:
-        if keep.shape[0] == 256:
-            place, count = tl.inline_asm_elementwise(_BALLOTS_8, _REGISTERS_8, [keep], dtype=(tl.int32, tl.int32),
-                                                     is_pure=False, pack=8)  # fmt: skip
-        else:
-            place, count = tl.inline_asm_elementwise(_BALLOTS_4, _REGISTERS_4, [keep], dtype=(tl.int32, tl.int32),
-                                                     is_pure=False, pack=4)  # fmt: skip
-        return place, tl.max(count, axis=0)
-    else:
-        return tl.cumsum(keep, axis=0) - 1, tl.sum(keep, axis=0)
-
-
 @triton.jit
 def list_kept(x, front, scale, norms, threshold, start, end, entries, LIST: tl.constexpr, NORMS: tl.constexpr,
-              FRONT: tl.constexpr, VOTES: tl.constexpr):  # fmt: skip
+              FRONT: tl.constexpr, VOTES: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
     """Writes the kept channels of start..end to `entries`, `LIST` at a time; how many there are."""
     count = 0
     for begin in range(start, end, LIST):
         rows = begin + tl.arange(0, LIST)
         _, wanted = sparse(x, front, scale, norms, threshold, rows, rows < end, NORMS, FRONT)
-        keep = wanted.to(tl.int32)
-        place, found = places_of(keep, VOTES)
-        tl.store(entries + count + place, rows, mask=keep != 0)
+        place, found = lists.places_of(wanted.to(tl.int32), VOTES)
+        lists.put(entries, count + place, rows - start, wanted, SHARED)
         count += found
     tl.debug_barrier()
     return count
 
 
 @triton.jit
-def _entries(x, front, scale, entries, position, count, FRONT: tl.constexpr):
-    """Channels and x at `position` of a list; 0 past its end."""
+def _entries(x, front, scale, entries, start, position, count, FRONT: tl.constexpr, SHARED: tl.constexpr):
+    """Channels and x at `position` of a list; past its end, `start` and 0."""
     inside = position < count
-    row = tl.load(entries + position, mask=inside, other=0)
+    row = start + lists.got(entries, position, inside, 0, SHARED)
     return row, read(x, front, scale, row, inside, FRONT)
 
 
 @triton.jit
-def listed(x, table, front, scale, entries, count, m, columns, ROWS: tl.constexpr, SUB: tl.constexpr,
-           COLUMNS: tl.constexpr, FRONT: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """`masked` over a list of `count` kept channels, so that every tile is full; behind it, row 0 is read in vain. A
+def listed(x, table, front, scale, entries, start, count, m, columns, ROWS: tl.constexpr, SUB: tl.constexpr,
+           COLUMNS: tl.constexpr, FRONT: tl.constexpr, SHARED: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """`masked` over a list of `count` kept channels, so that every tile is full; behind it, a row is read in vain. A
     sum per place of the tile is fastest where a warp's registers hold them, else one per row that it loads at once."""
     WIDE: tl.constexpr = ROWS > 8 * SUB
     position = place_of(ROWS, SUB)
@@ -175,13 +155,13 @@ def listed(x, table, front, scale, entries, count, m, columns, ROWS: tl.constexp
     if not WIDE:
         position, block = tl.arange(0, ROWS), table + columns[None, :]
     sums = tl.zeros((SUB if WIDE else ROWS, COLUMNS), tl.float32)
-    row, value = _entries(x, front, scale, entries, position, count, FRONT)
+    row, value = _entries(x, front, scale, entries, start, position, count, FRONT, SHARED)
     for _ in range(0, count, ROWS):
         weight = tl.load(block + tl.expand_dims(row.to(tl.int64), -1) * m, eviction_policy="evict_first")
         zero = in_flight(INTERPRETED)
         now = tl.expand_dims(value + zero.to(tl.float32), -1)
         position += ROWS
-        row, value = _entries(x, front, scale, entries + zero, position, count, FRONT)
+        row, value = _entries(x, front, scale, entries + zero, start, position, count, FRONT, SHARED)
         part = weight.to(tl.float32) * now
         sums += tl.sum(part, axis=0) if WIDE else part
     return tl.sum(sums, axis=0)
@@ -230,16 +210,16 @@ def low_rank(A, z, ranks, tile, m, r, segment, segments, stretches, columns, fla
 
 
 @triton.jit
-def z_part(x, B, front, scale, norms, threshold, n, r, segment, ranks, start, end, RANKS: tl.constexpr,
+def z_part(x, B, front, scale, norms, threshold, n, r, segment, ranks, used, start, end, RANKS: tl.constexpr,
            WIDTH: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
-    """B^T (x - s(x)) of `ranks` over the channels start..end, of one token: (RANKS,)."""
+    """B^T (x - s(x)) of `ranks` over the channels start..end, of one token: (RANKS,); 0 from rank `used` on."""
     rows = B + (segment * r + ranks).to(tl.int64)[:, None] * n
     sums = tl.zeros((RANKS, WIDTH // 8), tl.float32)
     for begin in range(start, end, WIDTH):
         channels = begin + place_of(WIDTH, 8)
         inside = channels < end
         weight = tl.load(
-            rows[:, :, None] + channels[None, :, :], mask=(ranks < r)[:, None, None] & inside[None, :, :], other=0.0
+            rows[:, :, None] + channels[None, :, :], mask=(ranks < used)[:, None, None] & inside[None, :, :], other=0.0
         )  # fmt: skip
         value = read(x, front, scale, channels, inside, FRONT)
         norm = tl.load(norms + channels, mask=inside, other=0.0) if NORMS else 1.0
@@ -250,17 +230,17 @@ def z_part(x, B, front, scale, norms, threshold, n, r, segment, ranks, start, en
 
 @triton.jit
 def list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS: tl.constexpr, NORMS: tl.constexpr,
-                FRONT: tl.constexpr, VOTES: tl.constexpr):  # fmt: skip
+                FRONT: tl.constexpr, VOTES: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
     """`list_kept` in tiles of ROWS entries, each of one group of 128 channels: what is left of a group's last tile is
     -1. How many tiles there are; none is without a channel."""
     tiles = 0
     place = tl.arange(0, 128)
     for begin in range(start, end, 128):
         _, wanted = sparse(x, front, scale, norms, threshold, begin + place, begin + place < end, NORMS, FRONT)
-        at, count = places_of(wanted.to(tl.int32), VOTES)
-        own, whole = entries + tiles * ROWS, (count + ROWS - 1) // ROWS * ROWS
-        tl.store(own + at, begin + place, mask=wanted)
-        tl.store(own + place, tl.full((128,), -1, tl.int32), mask=(place >= count) & (place < whole))
+        at, count = lists.places_of(wanted.to(tl.int32), VOTES)
+        first, whole = tiles * ROWS, (count + ROWS - 1) // ROWS * ROWS
+        lists.put(entries, first + at, begin - start + place, wanted, SHARED)
+        lists.put(entries, first + place, tl.full((128,), -1, tl.int32), (place >= count) & (place < whole), SHARED)
         tiles += whole // ROWS
     tl.debug_barrier()
     return tiles
@@ -335,7 +315,7 @@ def _add(sums, words, others, x, y, lane, TYPE: tl.constexpr, PLAIN: tl.constexp
 
 @triton.jit
 def _channels(x, front, scale, norms, threshold, entries, start, end, number, tiles, lane, ROWS: tl.constexpr,
-              LISTED: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr):  # fmt: skip
+              LISTED: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
     """Of tile `number`: the group that its channels are of, and for every four of them the channel of each lane, s(x)
     there, and whether it is read."""
     position = number * ROWS
@@ -343,15 +323,15 @@ def _channels(x, front, scale, norms, threshold, entries, start, end, number, ti
     for four in tl.static_range(ROWS // 4):
         place = position + 4 * four + lane % 4
         if LISTED:
-            row = tl.load(entries + place, mask=number < tiles, other=-1)
-            keep = row >= 0
+            distance = lists.got(entries, place, number < tiles, -1, SHARED)
+            row, keep = start + distance, distance >= 0
             value = tl.where(keep, read(x, front, scale, row, keep, FRONT), 0.0)
         else:
             row = start + place
             value, keep = sparse(x, front, scale, norms, threshold, row, row < end, NORMS, FRONT)
         rows, values, keeps = rows + (row,), values + (value,), keeps + (keep,)
     if LISTED:
-        group = tl.load(entries + position, mask=number < tiles, other=start) // 128
+        group = (start + lists.got(entries, position, number < tiles, 0, SHARED)) // 128
     else:
         group = tl.minimum(start + position, end - 1) // 128
     return group, rows, values, keeps
@@ -360,7 +340,7 @@ def _channels(x, front, scale, norms, threshold, entries, start, end, number, ti
 @triton.jit
 def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, entries, out, LISTED: tl.constexpr,
          ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, FRONT: tl.constexpr, VOTES: tl.constexpr,
-         INTERPRETED: tl.constexpr):  # fmt: skip
+         SHARED: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The sparse path of one token over INT4 weights, in tiles of channels of one group, which share their steps (their
     scales); start is a multiple of 128. Stores its sums at `out`.
 
@@ -376,12 +356,13 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
     stride = m // 128 * 16  # of a row, in words; not m / 8, which could not be seen to hold whole vectors
     words, step_of = table + block * WORDS + word_of, steps + block * COLUMNS + _column(word_of)
     if LISTED:
-        tiles = list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS, NORMS, FRONT, VOTES)
+        tiles = list_groups(x, front, scale, norms, threshold, start, end, entries, ROWS, NORMS, FRONT, VOTES,
+                            SHARED)  # fmt: skip
     else:
         tiles = (end - start + ROWS - 1) // ROWS
     total = _eight_zeros(EACH)
     group, rows, values, keeps = _channels(x, front, scale, norms, threshold, entries, start, end, 0, tiles, lane, ROWS,
-                                           LISTED, NORMS, FRONT)  # fmt: skip
+                                           LISTED, NORMS, FRONT, SHARED)  # fmt: skip
     for number in range(tiles):
         loaded, step = (), ()
         for four in tl.static_range(ROWS // 4):
@@ -394,7 +375,7 @@ def int4(x, table, steps, front, scale, norms, threshold, start, end, m, block, 
         for four in tl.static_range(ROWS // 4):
             now = now + (values[four] + zero.to(tl.float32),)
         group, rows, values, keeps = _channels(x + zero, front, scale, norms, threshold, entries + zero, start, end,
-                                               number + 1, tiles, lane, ROWS, LISTED, NORMS, FRONT)  # fmt: skip
+                                               number + 1, tiles, lane, ROWS, LISTED, NORMS, FRONT, SHARED)  # fmt: skip
         sums, given = _eight_zeros(EACH), tl.zeros((32,), tl.float32)
         for two in tl.static_range(ROWS // 8):
             first, second = now[2 * two], now[2 * two + 1]

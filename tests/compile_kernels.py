@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_attention, triton_gemv, triton_neurons
+from kernels import triton_attention, triton_gemv, triton_lists, triton_neurons
 from kernels.packing import Packed, Segment, pack
 from kernels.quantized import GROUP, Quantized
 from kernels.triton_gemv import Configuration
@@ -157,7 +157,8 @@ def main() -> None:
     for arch, (what, kernel, given, constants, options) in product(map(int, sys.argv[1:]), list(launches())):
         made = build(kernel, arch, given, constants, options)
         registers, spilled = resources(made)
-        built.append({"arch": arch, "what": what, "shared": made.metadata.shared, "registers": registers,
+        own = triton_lists.shared_bytes(constants.get("SHARED", 0))  # which Triton does not know of
+        built.append({"arch": arch, "what": what, "shared": made.metadata.shared + own, "registers": registers,
                       "spilled": spilled, "loads": sorted(weight_loads(made)),
                       "lanes": lanes_are_rows(made)})  # fmt: skip
     print(json.dumps(built))

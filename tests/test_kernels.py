@@ -22,7 +22,19 @@ import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from kernels import bench, cpu, inputs, operations, packing, quantized, reference, shapes, triton_gemv, tuning
+from kernels import (
+    bench,
+    cpu,
+    inputs,
+    operations,
+    packing,
+    quantized,
+    reference,
+    shapes,
+    triton_gemv,
+    triton_lists,
+    tuning,
+)
 from kernels.destination import check_destination
 from kernels.operations import Gemv, Neurons
 from kernels.packing import Segment, pack
@@ -181,6 +193,33 @@ def test_lists_of_several_passes_and_tokens_of_several_programs(dtype, warps):
         found = triton_gemv.gemv(x.to(DEVICE), packed, False, cut, work).cpu()
         check(found, x, [one], False)
         assert not work.flags.any()
+
+
+LONGEST = triton_lists.LONGEST
+FULL = [("plain", LONGEST), ("plain", LONGEST + 128), ("int4", triton_lists.SHORTEST)]
+
+
+@pytest.mark.parametrize(("stored", "stretch"), FULL + [("int4", LONGEST), ("int4", LONGEST + 128)] * GPU)
+def test_a_full_list_of_one_stretch(stored, stretch):
+    """As long as shared memory has room for, and one that is longer; every channel is kept, so that all is written."""
+    generator = torch.Generator().manual_seed(3)
+    one = segment(40, stretch, 2, -math.inf, torch.float16, generator)
+    one = int4(one) if stored == "int4" else one
+    packed, cut = pack([to(one)]), Configuration(128 if stored == "int4" else 64, 32, 1, 1, True)
+    grid = triton_gemv.grid_of(packed, cut)
+    own = GPU and stretch <= LONGEST
+    assert (grid.stretch, grid.shared, grid.scratch) == (stretch, stretch * own, stretch * (not own))
+    x = torch.randn(1, stretch, generator=generator).half()
+    check(triton_gemv.gemv(x.to(DEVICE), packed, False, cut, triton_gemv.workspace(packed, cut)).cpu(), x, [one], False)
+
+
+def test_lists_in_shared_memory_have_room():
+    """For every channel and two tiles more, in few sizes; five programs fit an A6000's processor (100 KB)."""
+    sizes = {stretch: triton_lists.shared_entries(stretch) for stretch in range(1, LONGEST + 1)}
+    assert all(entries >= stretch for stretch, entries in sizes.items()) and len(set(sizes.values())) == 4
+    assert triton_lists.shared_entries(LONGEST + 1) == 0
+    assert 5 * (1024 + triton_lists.shared_bytes(LONGEST)) <= 100 * 1024
+    assert triton_lists.BEHIND >= 2 * quantized.GROUP
 
 
 def to(one: Segment) -> Segment:
