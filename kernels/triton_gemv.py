@@ -158,7 +158,7 @@ def _place_of_z(index, r, z_blocks, z_stretches):
 
 @triton.jit
 def _fetch_z(B, ranks, index, n, r, z_blocks, z_stretches, Z_STRETCH: tl.constexpr):
-    """What `_leave_z` reads of B into the last cache."""
+    """Asks for what `_leave_z` reads of B."""
     part, segment, rank = _place_of_z(index, r, z_blocks, z_stretches)
     rows = B + (segment * r).to(tl.int64) * n
     tiles.fetch(rows, n, rank, Z_RANKS, tl.load(ranks + segment), part * Z_STRETCH, Z_STRETCH, n)
@@ -365,14 +365,14 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
     if int4 and (columns < COLUMNS or not 8 <= configuration.rows <= GROUP or configuration.warps > 1):
         raise ValueError(f"{configuration}; expected at least {COLUMNS} columns, 8 to {GROUP} rows and 1 warp for INT4")
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)
-    listed = stretch + (rows if tokens > 1 else 0) if configuration.listed or tokens > 1 else 0
-    own_memory = listed and tokens == warps == 1 and rows <= GROUP and not INTERPRETED
-    shared = lists.shared_entries(stretch) if own_memory else 0
+    entries = stretch + (rows if tokens > 1 else 0) if configuration.listed or tokens > 1 else 0
+    fits = entries and tokens == warps == 1 and rows <= lists.BEHIND and not INTERPRETED
+    shared = lists.shared_entries(stretch) if fits else 0
     rank_rows = max(min(32, 2048 // columns), 16 if tokens > 1 else 1)
     return Grid(
         tokens, columns, -(-n // Z_STRETCH) if r else 0, segments * -(-r // Z_RANKS.value),
         sum(packed.padded) // columns, -(-n // stretch), stretch, rank_rows, -(-r // rank_rows), shared,
-        0 if shared else listed,
+        0 if shared else entries,
     )  # fmt: skip
 
 
@@ -382,8 +382,8 @@ def _up(value: int, multiple: int) -> int:
 
 @dataclass
 class Workspace:
-    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches), lists and, of several tokens,
-    s(x) there. For one stream."""
+    """What a launch leaves for itself: partial sums, z, arrivals (zero between launches), lists that are not in shared
+    memory and, of several tokens, s(x) there. For one stream."""
 
     partial: Tensor
     z: Tensor

@@ -1,7 +1,8 @@
 """Lists of kept channels, in Triton: where each is put, and the memory of the program that makes one.
 
-A list holds distances from the program's first channel, or -1 where there is none. Triton has no shared memory that
-can be indexed, so that of a program of one warp is declared in PTX; other programs' lists are in global memory.
+The list of a program of one warp and one token is in shared memory, declared in PTX, for Triton has none that can be
+indexed: two bytes an entry, a distance from the program's first channel, or -1 where there is none. Other lists, those
+of longer stretches and those under the interpreter are in global memory, four bytes an entry.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SHORTEST, LONGEST = 1024, 8192
-"""Channels of a stretch whose list may be in shared memory, two bytes each; a longer one leaves too few programs room.
-Powers of two only, so that few kernels are compiled."""
-BEHIND = 256
-"""Entries behind the last one, which a loop reads in vain: less than two tiles."""
+STEP, LONGEST = 1024, 8192
+"""Channels: a list in shared memory is as long as its stretch, up to a multiple of STEP, so that few kernels are
+compiled; one that is longer than LONGEST would leave too few programs room."""
+BEHIND = 128
+"""Entries behind the last one, which a loop reads in vain: a tile."""
 
 
 def shared_entries(stretch: int) -> int:
     """Of a list in shared memory, for stretches of so many channels; 0 where they are too long for one."""
-    return max(SHORTEST, triton.next_power_of_2(stretch)) if stretch <= LONGEST else 0
+    return -(-stretch // STEP) * STEP if stretch <= LONGEST else 0
 
 
 @triton.constexpr_function

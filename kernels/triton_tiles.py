@@ -27,8 +27,8 @@ def in_flight(INTERPRETED: tl.constexpr):
 
 @triton.jit
 def fetch(table, stride, row, ROWS: tl.constexpr, rows, column, COLUMNS: tl.constexpr, columns):
-    """ROWS x COLUMNS of a table from `row` and `column` on into the last cache, without waiting for them; none of what
-    lies beyond its `rows` and `columns`."""
+    """Asks for ROWS x COLUMNS of a table from `row` and `column` on to come into the last cache, and does not wait. Of
+    what lies beyond its `rows` and `columns` the last ones are asked for again; without rows, the first."""
     LINE: tl.constexpr = min(1024 // table.dtype.element_ty.primitive_bitwidth, COLUMNS)
     row = tl.minimum(row + tl.arange(0, ROWS), tl.maximum(rows, 1) - 1).to(tl.int64)
     column = tl.minimum(column + tl.arange(0, COLUMNS // LINE) * LINE, columns - 1)
@@ -124,7 +124,7 @@ def masked(x, table, front, scale, norms, threshold, start, end, m, columns, ROW
 @triton.jit
 def list_kept(x, front, scale, norms, threshold, start, end, entries, LIST: tl.constexpr, NORMS: tl.constexpr,
               FRONT: tl.constexpr, VOTES: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
-    """Writes the kept channels of start..end to `entries`, `LIST` at a time; how many there are."""
+    """Writes the kept channels of start..end, less `start`, to `entries`, `LIST` at a time; how many there are."""
     count = 0
     for begin in range(start, end, LIST):
         rows = begin + tl.arange(0, LIST)

@@ -26,6 +26,7 @@ from kernels.tuning import KINDS, SEVERAL
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
          torch.int64: "i64"}  # fmt: skip
+AHEAD = ("prefetch.global.L2", "griddepcontrol.wait")
 empty = partial(torch.empty, device="meta")
 
 
@@ -112,7 +113,7 @@ def launches() -> Iterator[tuple[str, object, dict, dict, dict]]:
         kinds = [(1, x) for x in KINDS[storage]] + [(t, x) for t in (4, 16) for x in SEVERAL.get(storage, ())]
         kinds += [(4, (64, 32, 1, False))] * (not int4)  # what a module has that nobody tuned
         for i, (tokens, (columns, rows, warps, listed)) in enumerate(kinds):
-            configuration = Configuration(columns, rows, 16, warps, listed)
+            configuration = Configuration(columns, rows, 2 if i == 2 else 16, warps, listed)  # long and short lists
             given = gemv(dtype, configuration, int4, tokens, i != 1, 1 + (i + 1) % 3)
             most = triton_gemv.most_registers(packed_of(dtype, int4, False, 1), configuration, tokens)
             options = {"num_warps": warps} | ({"maxnreg": most} if most else {})
@@ -157,8 +158,10 @@ def main() -> None:
     for arch, (what, kernel, given, constants, options) in product(map(int, sys.argv[1:]), list(launches())):
         made = build(kernel, arch, given, constants, options)
         registers, spilled = resources(made)
-        own = triton_lists.shared_bytes(constants.get("SHARED", 0))  # which Triton does not know of
+        entries, (ahead, waits) = constants.get("SHARED", 0), map(made.asm["ptx"].find, AHEAD)
+        own = triton_lists.shared_bytes(entries)  # which Triton does not know of
         built.append({"arch": arch, "what": what, "shared": made.metadata.shared + own, "registers": registers,
+                      "list": entries, "declared": "kept_channels[" in made.asm["ptx"], "ahead": 0 < ahead < waits,
                       "spilled": spilled, "loads": sorted(weight_loads(made)),
                       "lanes": lanes_are_rows(made)})  # fmt: skip
     print(json.dumps(built))

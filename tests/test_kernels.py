@@ -196,7 +196,7 @@ def test_lists_of_several_passes_and_tokens_of_several_programs(dtype, warps):
 
 
 LONGEST = triton_lists.LONGEST
-FULL = [("plain", LONGEST), ("plain", LONGEST + 128), ("int4", triton_lists.SHORTEST)]
+FULL = [("plain", LONGEST), ("plain", LONGEST + 128), ("int4", triton_lists.STEP)]
 
 
 @pytest.mark.parametrize(("stored", "stretch"), FULL + [("int4", LONGEST), ("int4", LONGEST + 128)] * GPU)
@@ -206,20 +206,50 @@ def test_a_full_list_of_one_stretch(stored, stretch):
     one = segment(40, stretch, 2, -math.inf, torch.float16, generator)
     one = int4(one) if stored == "int4" else one
     packed, cut = pack([to(one)]), Configuration(128 if stored == "int4" else 64, 32, 1, 1, True)
-    grid = triton_gemv.grid_of(packed, cut)
-    own = GPU and stretch <= LONGEST
-    assert (grid.stretch, grid.shared, grid.scratch) == (stretch, stretch * own, stretch * (not own))
     x = torch.randn(1, stretch, generator=generator).half()
     check(triton_gemv.gemv(x.to(DEVICE), packed, False, cut, triton_gemv.workspace(packed, cut)).cpu(), x, [one], False)
 
 
+def test_where_a_list_is(monkeypatch):
+    """One token's, of a program of one warp, in shared memory as far as it has room; all others in the workspace."""
+    monkeypatch.setattr(triton_gemv, "INTERPRETED", False)
+    packed = pack([Segment(torch.empty(64, LONGEST + 128, device="meta"), 0.5)])
+
+    def places(tokens=1, **changed):
+        cut = Configuration(**(dict(columns=64, rows=32, splits=2, warps=1, listed=True) | changed))
+        grid = triton_gemv.grid_of(packed, cut, tokens)
+        return grid.stretch, grid.shared, grid.scratch
+
+    assert places() == (4160, 5120, 0)
+    assert places(splits=1) == (8320, 0, 8320)
+    assert places(listed=False) == (4160, 0, 0)
+    assert places(rows=256) == (4352, 0, 4352)
+    assert places(warps=2) == (4160, 0, 4160)
+    assert places(tokens=2) == (4160, 0, 4160 + 32)
+
+
 def test_lists_in_shared_memory_have_room():
-    """For every channel and two tiles more, in few sizes; five programs fit an A6000's processor (100 KB)."""
+    """For every channel and a tile more, in few sizes; five programs fit a processor of an A6000 (100 KB)."""
     sizes = {stretch: triton_lists.shared_entries(stretch) for stretch in range(1, LONGEST + 1)}
-    assert all(entries >= stretch for stretch, entries in sizes.items()) and len(set(sizes.values())) == 4
+    assert all(entries >= stretch for stretch, entries in sizes.items()) and len(set(sizes.values())) == 8
     assert triton_lists.shared_entries(LONGEST + 1) == 0
     assert 5 * (1024 + triton_lists.shared_bytes(LONGEST)) <= 100 * 1024
-    assert triton_lists.BEHIND >= 2 * quantized.GROUP
+    assert triton_lists.BEHIND >= quantized.GROUP
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_ranks_that_a_linear_lacks_are_not_read(tokens):
+    """Of linears side by side, whose B is padded to the highest rank."""
+    generator = torch.Generator().manual_seed(5)
+    segments = [segment(70, 150, rank, 0.7, torch.float32, generator) for rank in (9, 0, 5)]
+    packed, cut = pack([to(one) for one in segments]), Configuration(64, 16, 2, 1, True)
+    for padding in (packed.B[1], packed.B[2, 5:]):
+        padding.fill_(math.nan)
+    work = triton_gemv.workspace(packed, cut, tokens)
+    work.z.zero_()
+    x = torch.randn(tokens, 150, generator=generator)
+    check(triton_gemv.gemv(x.to(DEVICE), packed, False, cut, work).cpu(), x, segments, False)
+    assert work.z.any() and work.z.isfinite().all()
 
 
 def to(one: Segment) -> Segment:

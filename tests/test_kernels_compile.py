@@ -26,10 +26,14 @@ def test_every_configuration_compiles(arch):
     assert kinds >= {"fp32 1", "fp16 1", "bf16 1", "bf16 4", "int4 bf16 1", "attention bf16 512"}
     assert max(x["shared"] for x in built) <= 99 * 1024
     assert max(x["spilled"] for x in built) <= 128
+    assert {x["list"] for x in built} >= {0, 1024, 6144}
     for x in built:
         kind, _, columns = x["what"].partition(" [")
         if kind.endswith(" 1"):
             narrow = kind.startswith("int4") and columns.startswith("128")  # 32 lanes, four rows of 64 bytes
             assert x["loads"] == [8 if narrow else 16], f"{x}: bytes that a thread reads of a weight at a time"
+            assert x["ahead"] == (arch >= 90), f"{x}: what every token reads is asked for before a launch waits"
+            assert x["declared"] == (x["list"] > 0) == columns.endswith(" 1]"), f"{x}: where its list is"
+            assert x["shared"] <= 48 * 1024, f"{x}: more needs a driver's leave, which counts Triton's own alone"
         if kind in ("int4 fp16 1", "int4 bf16 1"):
             assert x["lanes"], f"{x}: tensor cores are given rows of other lanes"
