@@ -31,8 +31,8 @@ TUNED = 0.05
 
 MOST_ROWS = 16
 """Rows of a batch: more are better served by an engine that fills and empties rows on the way. A GPU gathers for as
-many: where they want nearly every channel together, that takes up to 1.7 times a dense product (H100, eight rows, 50%
-each: data/results/kernels; on an H200 up to 2.1); the plain product of s(x) from a table takes a dozen launches."""
+many: where they want nearly every channel together, that takes up to 1.9 times a dense product (H200, eight rows, 50%
+each: data/results/kernels); the plain product of s(x) from a table takes a dozen launches."""
 
 
 def unsupported(model: nn.Module) -> str | None:
