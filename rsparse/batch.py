@@ -263,7 +263,6 @@ def _execute(job: Job, log: Path, say: Callable[[str], None]) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this interpreter, not one installed for the user
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # else a busy core costs ten times its share
     }
     clock = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
