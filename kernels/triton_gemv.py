@@ -366,7 +366,7 @@ def grid_of(packed: Packed, configuration: Configuration, tokens: int = 1) -> Gr
         raise ValueError(f"{configuration}; expected at least {COLUMNS} columns, 8 to {GROUP} rows and 1 warp for INT4")
     stretch = _up(-(-n // configuration.splits), GROUP if int4 else configuration.rows)
     entries = stretch + (rows if tokens > 1 else 0) if configuration.listed or tokens > 1 else 0
-    fits = entries and tokens == warps == 1 and rows <= lists.BEHIND and not INTERPRETED
+    fits = entries and tokens == warps == 1 and rows <= GROUP and not INTERPRETED
     shared = lists.shared_entries(stretch) if fits else 0
     rank_rows = max(min(32, 2048 // columns), 16 if tokens > 1 else 1)
     return Grid(

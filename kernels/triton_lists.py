@@ -10,16 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-STEP, LONGEST = 1024, 8192
-"""Channels: a list in shared memory is as long as its stretch, up to a multiple of STEP, so that few kernels are
-compiled; one that is longer than LONGEST would leave too few programs room."""
-BEHIND = 128
-"""Entries behind the last one, which a loop reads in vain: a tile."""
+LEAST, LONGEST = 1024, 8192
+"""Entries of the smallest list in shared memory, and channels of the longest stretch that has one: a longer list would
+leave too few programs room. Powers of two between them, so that few kernels are compiled."""
+BEHIND = 256
+"""Entries behind the last one, of which a loop reads a tile in vain."""
 
 
 def shared_entries(stretch: int) -> int:
     """Of a list in shared memory, for stretches of so many channels; 0 where they are too long for one."""
-    return -(-stretch // STEP) * STEP if stretch <= LONGEST else 0
+    return max(LEAST, triton.next_power_of_2(stretch)) if stretch <= LONGEST else 0
 
 
 @triton.constexpr_function
