@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -145,6 +144,8 @@ def _batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[in
 
 def rouge_l(references: Sequence[Summary], generated: Sequence[str]) -> pd.DataFrame:
     """ROUGE-L F-measure of each summary, in percent (rouge-score, stemmed), one row per item."""
+    from rouge_score.rouge_scorer import RougeScorer  # brings NLTK and SciPy: two seconds that few notebooks need
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = [
         100 * scorer.score(reference.summary, text)["rougeL"].fmeasure

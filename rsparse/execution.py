@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
 import psutil
 
 from rsparse.files import write_json, write_text
@@ -43,6 +41,10 @@ class Job:
 
 def execute(job: Job) -> None:
     """Run the notebook; its executed copy appears under its final name only when every cell succeeded."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema does without; building its grammar takes two seconds
+    import nbformat
+    import papermill
+
     executed = Path(job.executed)
     partial = executed.with_suffix(".partial.ipynb")
     papermill.execute_notebook(

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,7 @@ class ValueStatistics:
             asked = f"share, phases, side are {share!r}, {phases!r}, {side!r}"
             raise ValueError(f"{asked}; expected a share in (0, 1), at least 1 phase, and one of {', '.join(SIDES)}")
         counts, centres = self.counts.double().cpu(), _centres()
-        signed = side == "signed"
-        order = torch.arange(2 * BINS) if signed else centres.abs().argsort(stable=True)
+        signed, order = side == "signed", _ascending(side)
         threshold, inside = _split_at(counts[order], float(exact(share)) * float(counts.sum()))
         dropped = torch.zeros_like(counts)
         dropped[order] = inside
@@ -82,12 +82,19 @@ def _split_at(counts: Tensor, rank: float) -> tuple[int, Tensor]:
     return int(torch.searchsorted(after, rank)), inside
 
 
+@cache
 def _centres() -> Tensor:
     """Middle of every bin, ascending, float64; 0 for the bins of what is not finite."""
     edges = (torch.arange(BINS + 1, dtype=torch.int64) << DROPPED_BITS).clamp(max=2**31 - 1).int().view(torch.float32)
     edges = torch.nan_to_num(edges.double(), nan=0.0, posinf=0.0)
     upper = (edges[:-1] + edges[1:]) / 2
     return torch.cat([-upper.flip(0), upper])
+
+
+@cache
+def _ascending(side: str) -> Tensor:
+    """The bins by what the side compares, smallest first."""
+    return torch.arange(2 * BINS) if side == "signed" else _centres().abs().argsort(stable=True)
 
 
 @dataclass(frozen=True)
