@@ -55,6 +55,7 @@ def execute(job: Job) -> None:
         kernel_name="python3",
         progress_bar=False,
         log_output=True,
+        shutdown_kernel="immediate",  # all is written by then, and taking down PyTorch's modules takes two seconds
     )
     notebook = nbformat.read(partial, as_version=4)
     for cell in notebook.cells:
