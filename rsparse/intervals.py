@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def mean(values: ArrayLike, confidence: float = 0.95, counted: bool = False) -> 
     if np.ptp(sample) == 0:
         return _unanimous(centre, n, confidence) if counted else Interval(centre, centre, centre, 0.0, n)
     stderr = float(sample.std(ddof=1) / math.sqrt(n))
-    reach = stderr * float(stats.t.ppf(0.5 + confidence / 2, n - 1))
+    reach = stderr * float(special.stdtrit(n - 1, 0.5 + confidence / 2))
     return Interval(centre, centre - reach, centre + reach, stderr, n)
 
 
@@ -75,7 +75,9 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, counted: bool =
 
 def share(found: int, n: int, confidence: float = 0.95) -> Interval:
     """The share of `found` among `n` draws, with its exact interval (Clopper and Pearson)."""
-    exact = stats.binomtest(found, n).proportion_ci(confidence)
+    from scipy.stats import binomtest  # half a second to load, which means and differences need not wait for
+
+    exact = binomtest(found, n).proportion_ci(confidence)
     value = found / n
     return Interval(value, float(exact.low), float(exact.high), math.sqrt(value * (1 - value) / n), n)
 
@@ -96,7 +98,7 @@ def macro(intervals: Sequence[Interval], confidence: float = 0.95) -> Interval:
     if not total > 0:
         return Interval(centre, centre + total, centre + total, total, n)  # zero, or NaN from a single item
     freedom = total**2 / math.fsum(v**2 / (part.n - 1) for v, part in zip(variances, intervals, strict=True) if v > 0)
-    reach = math.sqrt(total) * float(stats.t.ppf(0.5 + confidence / 2, freedom))
+    reach = math.sqrt(total) * float(special.stdtrit(freedom, 0.5 + confidence / 2))
     return Interval(centre, centre - reach, centre + reach, math.sqrt(total), n)
 
 

@@ -134,14 +134,8 @@ class PhaseLinear(SparseLinear):
     def keep(self, z: Tensor) -> Tensor:
         return self.levels.stays(z)
 
-    def masked(self, z: Tensor) -> Tensor:
-        """z (rows, positions, n) with levels in place of what does not stay at sparse positions; counts what stays."""
-        sparse = self.protocol.on(z.device)
-        keep = self.keep(z)
-        if self.tally is not None:
-            self.tally.add(keep, sparse)
-        if sparse is not None:
-            keep = keep | ~sparse[..., None]
+    def drop(self, z: Tensor, keep: Tensor) -> Tensor:
+        """z with levels in the place of what does not stay."""
         return torch.where(keep, z, self.levels.level(z))
 
 

@@ -34,6 +34,7 @@ class PromptedLinear(SparseLinear):
     Calls that continue a key-value cache use what the prompt's call chose, row by row.
     """
 
+    by_position = False
     chosen: Tensor | None = None
 
     def keep(self, z: Tensor) -> Tensor:

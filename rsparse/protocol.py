@@ -99,6 +99,7 @@ class TokenProtocol:
         self._dense: Tensor | None = None
         self._rows: tuple[list[int], list[int]] | None = None
         self._placed: dict[torch.device, Tensor] = {}
+        self._at: dict[torch.device, Tensor] = {}
 
     def attach(self, decoder: nn.Module) -> torch.utils.hooks.RemovableHandle:
         """Resolve the rule before every forward pass of `decoder`; returns the handle that detaches it."""
@@ -127,6 +128,7 @@ class TokenProtocol:
     def begin(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, **_) -> None:
         """Resolve the rule for one forward pass; arguments as Hugging Face decoders take them."""
         self._placed.clear()
+        self._at.clear()
         self.positions = self._resolve(input_ids, attention_mask, past_key_values, inputs_embeds)
         self.any_sparse = self.positions is None or bool(self.positions.any())
 
@@ -159,6 +161,14 @@ class TokenProtocol:
         if device not in self._placed:
             self._placed[device] = self.positions.to(device, non_blocking=True)
         return self._placed[device]
+
+    def at(self, device: torch.device) -> Tensor | None:
+        """Indices (positions that are sparse,) into the rows laid end to end, on `device`; None where all are."""
+        if self.positions is None:
+            return None
+        if device not in self._at:  # found on the CPU: a GPU would have to wait for their number
+            self._at[device] = self.positions.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        return self._at[device]
 
 
 def real_positions(attention_mask: Tensor | None, rows: int, width: int) -> Tensor:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 LEVELS = tuple(step / 20 for step in range(1, 20))
 """Shares at which quantiles are compared, 0.05 to 0.95."""
 QUANTILES: dict[str, Callable[[NDArray], NDArray]] = {
-    "gaussian": lambda share: stats.norm.ppf((1 + share) / 2),
+    "gaussian": lambda share: special.ndtri((1 + share) / 2),
     "laplacian": lambda share: -np.log1p(-share),
 }
 """Shape -> quantile of |x| by share, of the standard normal and of the Laplacian with E|x| = 1."""

@@ -131,6 +131,17 @@ def test_dense_positions_equal_the_dense_linear_bit_for_bit():
         assert not linear(x)[:, 5:].equal(linear.dense(x)[:, 5:])
 
 
+@every_configuration
+def test_sparse_positions_alone_are_worked_on_and_a_tape_has_whole_masks(configuration):
+    linear, x = make(**configuration, tokens=MIXED), inputs()
+    gathered, seen = linear(x), []
+    linear.tape = lambda mask: seen.append(mask.shape) or mask
+    torch.testing.assert_close(linear(x), gathered, rtol=1e-5, atol=1e-5)
+    assert seen == [x.shape]
+    linear.tape, x[0, 0, 0] = None, math.inf  # at a dense position: elsewhere nothing changes
+    assert torch.equal(linear(x)[:, 1:], gathered[:, 1:])
+
+
 def test_no_sparse_position_calls_the_plain_linear():
     linear, x = make(20, 6, tokens=0.0), inputs()
     linear.protocol.tokens = "decode"

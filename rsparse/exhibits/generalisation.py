@@ -130,18 +130,19 @@ def _rows(study: Study, linears: Sequence[DecoderLinear], means: Mapping) -> Ite
         generator = torch.Generator().manual_seed(1000 * study.seed + len(KINDS) * x.layer + KINDS.index(x.kind))
         shuffle = torch.randperm(x.channels, generator=generator).to(weight.device)
         base = {"task": "importance", "layer": x.layer, "linear": x.kind}
+        ranked = ranks(weight * own)
         for (source, samples), sites in means.items():
             if (source, samples) != REFERENCE:
                 mean, about = sites[x.layer, x.site].to(weight), base | {"source": source, "samples": samples}
-                yield about | _of("similarity", "real", spearman(weight * mean, weight * own))
-                yield about | _of("similarity", "permuted-x", spearman(weight * mean[shuffle], weight * own))
+                yield about | _of("similarity", "real", correlation(ranks(weight * mean), ranked))
+                yield about | _of("similarity", "permuted-x", correlation(ranks(weight * mean[shuffle]), ranked))
                 yield about | _of("similarity_activation", "real", spearman(mean, own))
                 yield about | _of("overlap_top10", "real", overlap(mean, own))
         if x.kind in before:
             yield base | {"source": "", "samples": study.sources.samples} | _of(
-                "similarity", "other-layer", spearman(before[x.kind], weight * own)
+                "similarity", "other-layer", correlation(before[x.kind], ranked)
             )
-        before[x.kind] = weight * own
+        before[x.kind] = ranked
 
 
 def _of(metric: str, control: str, value: float) -> dict[str, Any]:
@@ -158,8 +159,18 @@ def _weight_part(x: DecoderLinear, study: Study) -> Tensor:
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of the entries of two tensors of one shape; entries that tie stand in order of their index."""
-    ranks = (x.flatten().argsort(stable=True).argsort().double() for x in (a, b))
-    first, second = (x - x.mean() for x in ranks)
+    return correlation(ranks(a), ranks(b))
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Place of every entry among all, (entries,), float64; entries that tie stand in order of their index."""
+    places = torch.arange(x.numel(), dtype=torch.float64, device=x.device)
+    return torch.empty_like(places).scatter_(0, x.flatten().argsort(stable=True), places)
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Of two vectors of one length, Pearson's."""
+    first, second = a - a.mean(), b - b.mean()
     return float((first @ second) / (first.norm() * second.norm()))
 
 

@@ -116,11 +116,17 @@ def sweep(study: Study, plan: Plan) -> pd.DataFrame:
 
     Columns: sparsity, rho, perplexity, diff_loss, low, high, n. The intervals of one budget hold together at 95%
     (Bonferroni), so that the best of its points may be picked by looking. From the smallest rho and sparsity up, so
-    that the first setting of a linear has its largest rank and every linear is decomposed once. First seed only.
+    that the first setting of a linear has its largest rank and every linear is decomposed once. First seed only. What
+    `compare` will ask of a point's setting is measured while it is in place: calibrating it again costs more.
     """
     points = []
     for sparsity in tqdm(sorted(plan.sparsities), desc="rho sweep"):
-        losses = {rho: study.losses(setting, plan.seeds[0]) for rho, setting in plan.sweep(sparsity).items()}
+        tabled = {x.canonical: x for x in plan.methods(sparsity).values()}
+        losses = {}
+        for rho, setting in plan.sweep(sparsity).items():
+            losses[rho] = study.losses(setting, plan.seeds[0])
+            if row := tabled.get(setting.canonical):
+                paired.of(study, row).measure(plan.seeds[:1])
         confidence = 1 - 0.05 / max(1, len(losses) - 1)
         found = {rho: intervals.paired(values, losses[1.0], confidence) for rho, values in losses.items()}
         _add_sweep_rows(study, plan, sparsity, losses, found)
