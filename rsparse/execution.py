@@ -41,7 +41,6 @@ class Job:
 
 def execute(job: Job) -> None:
     """Run the notebook; its executed copy appears under its final name only when every cell succeeded."""
-    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema does without; building its grammar takes two seconds
     import nbformat
     import papermill
 
@@ -88,6 +87,7 @@ def die_with_parent() -> None:
 
 def main() -> int:
     job = Job(**json.loads(sys.argv[1]))
+    sys.modules["rfc3987_syntax"] = None  # jsonschema does without; building its grammar takes two seconds
     threading.Thread(target=die_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     state = "done"

@@ -28,6 +28,9 @@ class Masked(nn.Module):
     protocol: says which positions of the forward pass in progress are sparse.
     """
 
+    by_position = True
+    """Whether what a position keeps depends on that position alone: `keep` may be given some of them, (n, channels)."""
+
     def __init__(
         self,
         dense: nn.Module,
@@ -56,14 +59,23 @@ class Masked(nn.Module):
         return keep_above(score, self.threshold)
 
     def masked(self, z: Tensor) -> Tensor:
-        """z (rows, positions, channels) with zeros in the channels that sparse positions drop; counts what is kept."""
+        """z (rows, positions, channels) after `drop` at sparse positions; counts what is kept."""
+        if self.protocol.positions is None:
+            return self.drop(z, self._counted(self.keep(z)))
+        if self.by_position and self.tape is None:  # few positions of a scored row are sparse; a tape has them all
+            at, flat = self.protocol.at(z), z.flatten(0, 1)
+            own = flat[at]
+            return flat.index_copy(0, at, self.drop(own, self._counted(self.keep(own)))).view_as(z)
         sparse = self.protocol.on(z.device)
-        keep = self.keep(z)
+        return self.drop(z, self._counted(self.keep(z), sparse) | ~sparse[..., None])
+
+    def _counted(self, keep: Tensor, sparse: Tensor | None = None) -> Tensor:
+        """The mask to use, of whose positions those that are `sparse` (None: all) have been counted."""
         if self.tape is not None:
             keep = self.tape(keep)
         if self.tally is not None:
             self.tally.add(keep, sparse)
-        return self.drop(z, keep if sparse is None else keep | ~sparse[..., None])
+        return keep
 
     def drop(self, z: Tensor, keep: Tensor) -> Tensor:
         """z with zeros in the place of what is not kept."""
@@ -87,9 +99,6 @@ class SparseLinear(Masked):
 
     kept = 0 skips the sparse path; non-finite inputs surface in the output on every path.
     """
-
-    by_position = True
-    """Whether what a position keeps depends on that position alone."""
 
     def __init__(
         self,
@@ -127,28 +136,18 @@ class SparseLinear(Masked):
         """x (rows, positions, n) -> (rows, positions, m)."""
         if self.idle:
             return self.dense(x)
-        at = self.protocol.at(x.device)
-        if at is not None and self.by_position and self.tape is None:
-            return self._forward_at(x, at)
-        kept = self.masked(x)
+        kept, everywhere = self.masked(x), self.protocol.positions is None
         if self.A is None:
             return self.dense(kept)
-        if at is None and self.split.kept == 0:
+        if everywhere and self.split.kept == 0:
             return low_rank(x, self.A, self.B, self.bias)
-        return self.dense(kept) + low_rank(x - kept, self.A, self.B)
-
-    def _forward_at(self, x: Tensor, at: Tensor) -> Tensor:
-        """The same, with masks and the low-rank path at the sparse positions `at` alone: few of a scored row are."""
-        rows = x.flatten(0, -2)
-        own = rows[at]
-        keep = self.keep(own)
-        if self.tally is not None:
-            self.tally.add(keep)
-        kept = self.drop(own, keep)
-        y = self.dense(rows.index_copy(0, at, kept))
-        if self.A is not None:
-            y = y.index_add(0, at, low_rank(own - kept, self.A, self.B))
-        return y.unflatten(0, x.shape[:-1])
+        if everywhere:
+            return self.dense(kept) + low_rank(x - kept, self.A, self.B)
+        at = self.protocol.at(x)
+        dropped = x.flatten(0, 1)[at] - kept.flatten(0, 1)[at]
+        y = self.dense(kept)
+        y.view(-1, y.shape[-1]).index_add_(0, at, low_rank(dropped, self.A, self.B))
+        return y
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -162,13 +162,17 @@ class TokenProtocol:
             self._placed[device] = self.positions.to(device, non_blocking=True)
         return self._placed[device]
 
-    def at(self, device: torch.device) -> Tensor | None:
-        """Indices (positions that are sparse,) into the rows laid end to end, on `device`; None where all are."""
-        if self.positions is None:
-            return None
-        if device not in self._at:  # found on the CPU: a GPU would have to wait for their number
-            self._at[device] = self.positions.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-        return self._at[device]
+    def at(self, x: Tensor) -> Tensor:
+        """Indices (sparse positions,) into the rows of x (rows, width, ...) laid end to end, where not all are sparse.
+
+        ValueError for an x of other rows than the forward pass in progress.
+        """
+        if x.shape[:2] != self.positions.shape:
+            expected = " x ".join(map(str, self.positions.shape))
+            raise ValueError(f"activations are of {' x '.join(map(str, x.shape[:2]))} positions; expected {expected}")
+        if x.device not in self._at:  # found on the CPU: a GPU would have to wait for their number
+            self._at[x.device] = self.positions.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+        return self._at[x.device]
 
 
 def real_positions(attention_mask: Tensor | None, rows: int, width: int) -> Tensor:

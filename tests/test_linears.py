@@ -142,6 +142,13 @@ def test_sparse_positions_alone_are_worked_on_and_a_tape_has_whole_masks(configu
     assert torch.equal(linear(x)[:, 1:], gathered[:, 1:])
 
 
+@pytest.mark.parametrize("shape", [(2, 9), (4, 5), (3, 10), (1, 10)])
+def test_activations_of_another_pass_are_refused(shape):
+    linear = make(20, 6, tokens=MIXED)
+    with pytest.raises(ValueError, match=rf"{shape[0]} x {shape[1]} positions; expected 2 x 10"):
+        linear(torch.zeros(*shape, N))
+
+
 def test_no_sparse_position_calls_the_plain_linear():
     linear, x = make(20, 6, tokens=0.0), inputs()
     linear.protocol.tokens = "decode"

@@ -116,16 +116,17 @@ def sweep(study: Study, plan: Plan) -> pd.DataFrame:
 
     Columns: sparsity, rho, perplexity, diff_loss, low, high, n. The intervals of one budget hold together at 95%
     (Bonferroni), so that the best of its points may be picked by looking. From the smallest rho and sparsity up, so
-    that the first setting of a linear has its largest rank and every linear is decomposed once. First seed only. What
-    `compare` will ask of a point's setting is measured while it is in place: calibrating it again costs more.
+    that the first setting of a linear has its largest rank and every linear is decomposed once. First seed only.
+    Settings that are rows of Table 3 have their tasks scored too, while they are in place: `compare` would calibrate
+    them again.
     """
     points = []
     for sparsity in tqdm(sorted(plan.sparsities), desc="rho sweep"):
-        tabled = {x.canonical: x for x in plan.methods(sparsity).values()}
+        in_table = {x.canonical: x for x in plan.methods(sparsity).values()}
         losses = {}
         for rho, setting in plan.sweep(sparsity).items():
             losses[rho] = study.losses(setting, plan.seeds[0])
-            if row := tabled.get(setting.canonical):
+            if row := in_table.get(setting.canonical):
                 paired.of(study, row).measure(plan.seeds[:1])
         confidence = 1 - 0.05 / max(1, len(losses) - 1)
         found = {rho: intervals.paired(values, losses[1.0], confidence) for rho, values in losses.items()}

@@ -64,7 +64,7 @@ def score_table(rows: pd.DataFrame, rho: float) -> pd.DataFrame:
     measured."""
     found, rows = [], _plain(rows)
     part = rows[(rows["method"] == "r-sparse") & rows["against"].isna() & rows["rho"].isin([1.0, rho])]
-    scored = part[(part["task"] == "average") & (part["metric"] == "margin")]  # the sweep scores no tasks
+    scored = part[(part["task"] == "average") & (part["metric"] == "margin")]  # of the sweep, Table 3's settings alone
     whole = scored.groupby("sparsity").filter(lambda x: len(x.groupby(["score", "rho"])) == 4)
     part = part[part["sparsity"].isin(whole["sparsity"])]
     for (sparsity, score, share), group in part.groupby(["sparsity", "score", "rho"]):
@@ -182,7 +182,7 @@ def _headline(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["against"].isna()]
     own = rows["method"] == "r-sparse"
     plain = own & (rows["score"] == "magnitude") & (rows["rho"] < 1)
-    rhos = rows.loc[plain & (rows["metric"] == "margin"), "rho"].unique()  # the sweep scores no tasks
+    rhos = rows.loc[plain & (rows["metric"] == "margin"), "rho"].unique()  # of the sweep, Table 3's settings alone
     return rows[~own | (plain & rows["rho"].isin(rhos))]
 
 
