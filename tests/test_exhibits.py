@@ -254,8 +254,9 @@ def test_no_setting_of_table_3_is_calibrated_twice(table_3):
     made, _, _, _ = table_3
     journal = made.table.folder / "table-3.jsonl"
     entries = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()[1:]]
+    names = "method", "sparsity", "rho", "score", "threshold", "factors", "seed"
     paid = [
-        tuple(entry["rows"][0].get(name) for name in ("method", "sparsity", "rho", "score", "threshold", "factors", "seed"))
+        tuple(entry["rows"][0].get(name) for name in names)
         for entry in entries
         if any(cost["what"] == "calibrate" and cost["tokens"] for cost in entry.get("costs") or [])
     ]
