@@ -49,8 +49,9 @@ _WORDS = {
 }
 _PRINTED = {"%": 0.01, "points": 0.01}
 _UNITS = {  # unit -> (factor, format)
-    "points": (100, "{:.2f} points"), "share": (100, "{:.0f}%"), "ratio": (1, "{:.3f}×"),
-    "hours": (1, "{:.2g} h"), "nats": (1, "{:+.4f} nats"), "perplexity": (1, "{:.2f}"), "number": (1, "{:.3g}"),
+    "points": (100, "{:.2f} points"), "share": (100, "{:.0f}%"), "fine share": (100, "{:.1f}%"),
+    "ratio": (1, "{:.3f}×"), "hours": (1, "{:.2g} h"), "nats": (1, "{:+.4f} nats"),
+    "perplexity": (1, "{:.2f}"), "number": (1, "{:.3g}"),
 }
 
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator
 
 from rsparse.exhibits.comparison_reading import NAMES
 from rsparse.exhibits.gains import DUST
+from rsparse.exhibits.phase_reading import SIDES
 from rsparse.models import KINDS
 from rsparse.shapes import DENSITIES
 
@@ -398,7 +399,7 @@ def phases(frame: pd.DataFrame, measures: Mapping[tuple[str, str], str]) -> Figu
             axis.set(ylabel=_folded(label), xticks=100 * np.sort(order["sparsity"].unique()))
             if metric == "perplexity":
                 axis.set_yscale("log")
-        row[0].set_title(f"dropped by {side}", loc="left")
+        row[0].set_title(f"dropped by {SIDES.get(side, side)}", loc="left")
     for axis in axes[-1]:
         axis.set_xlabel("inputs dropped, or bytes unread (%)")
     _legend_below(figure, axes[0, 0], "in the place of what is dropped; bars: one standard error")

@@ -301,6 +301,9 @@ def test_the_reading_beside_the_deployed_methods_says_where_there_is_no_low_rank
 def test_the_table_of_phases_has_the_ranks_of_r_sparse_alone():
     rows = pd.DataFrame([*DEPLOYED, loss_row(2, 4.0, None) | {"metric": "perplexity"}])
     found = phase_reading.summary(rows, [])
+    own = loss_row(2, 0.1, None) | {"task": "piqa", "score": "signed", "n": 25, "realised": 0.9, "stderr": 0.1}
+    asked = phase_reading.summary(pd.DataFrame([own | {"metric": name} for name in ("acc", "margin")]), ["piqa"])
+    assert asked[["questions a task", "dropped by"]].to_numpy().tolist() == [["25", "sign"]]
     own = found["in their place"] == "low rank (R-Sparse)"
     assert dict(found.loc[own, ["sparsity", "ranks"]].to_numpy()) == {"50%": "2 to 6", "90%": "0 to 1", "95%": "0"}
     assert set(found.loc[~own, "ranks"]) == {""} and len(found[~own]) == 2
@@ -308,7 +311,7 @@ def test_the_table_of_phases_has_the_ranks_of_r_sparse_alone():
 
 @pytest.mark.parametrize(("value", "word"), [(10.0, "more than"), (2.0, "about as much as"), (0.5, "less than")])
 def test_the_reading_of_stable_ranks(value, word):
-    base = {"metric": "stable_rank", "linear": "q"}
+    base = {"metric": "stable_rank", "linear": "q", "layer": 2}
     rows = pd.DataFrame([
         base | {"task": "bias-matrix", "score": "magnitude", "value": 1.0},
         base | {"task": "bias-matrix", "score": "signed", "value": 3.0},
@@ -319,7 +322,8 @@ def test_the_reading_of_stable_ranks(value, word):
         base | {"task": "residual", "score": None, "value": 7.0},
         base | {"task": "weight", "score": "", "value": 40.0},
     ])  # fmt: skip
-    assert f"{word} the biases" in residual_reading.rank_reading(rows, "m")
+    said = residual_reading.rank_reading(rows, "m")
+    assert f"{word} the biases" in said and said.startswith("Medians over the linears of 1 layer of `m`: ")
 
 
 def test_the_reading_of_errors():

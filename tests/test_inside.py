@@ -147,6 +147,10 @@ def test_the_reading_of_errors(other, said):
     assert "is teal (not told apart: r-sparse)" in both
     rows = pd.DataFrame([*rows, gap | {"low": 0.05}])
     assert said in inside_reading.error_reading(rows, "m")
+    first = gap | {"layer": 0, "low": -0.1}
+    open_ = inside_reading.error_reading(pd.concat([rows, pd.DataFrame([first])]), "m")
+    told = other[0] < 0.05  # the first block's nearest is another, which its interval does not tell apart
+    assert ("nor told apart from what is nearest behind 1" in open_) == told and "not behind" not in open_
     assert "8.0 (teal, 50%)" in inside_reading.growth_reading(rows, "m")
     assert "would give 1.7" in inside_reading.growth_reading(rows, "m")
 

@@ -189,8 +189,8 @@ def test_what_is_said():
     own = "R-Sparse on INT4, GPTQ, against dense on the same weights: with 16-bit factors worse in the one comparison"
     assert own in said
     assert quantised_reading.extra_cost(rows, "m") == (
-        "By held-out loss of `m`: R-Sparse 50%, 16-bit factors costs 0.0300 nats per token on INT4, GPTQ, and 0.0200 "
-        "on the weights as loaded."
+        "By held-out loss of `m`, with 95% intervals: R-Sparse 50%, 16-bit factors costs +0.0300 [+0.0200, +0.0400] "
+        "nats per token on INT4, GPTQ, and +0.0200 [+0.0100, +0.0300] on the weights as loaded."
     )
     own = dict(method="r-sparse", sparsity=0.5, weights="int4-gptq", factor_dtype="float16", ranks="q 1 k 0 v 0 o 2")
     unknown = own | dict(weights=None, factor_dtype=None, ranks=None)

@@ -114,6 +114,16 @@ def is_told(row: Mapping[str, float]) -> bool:
     return row["low"] > 0 or row["high"] < 0
 
 
+def samples(rows: pd.DataFrame) -> str:
+    """"2 calibration samples of 256 tokens", what static thresholds and whitened factors of `rows` are from; "" where
+    they do not say."""
+    known = rows["calibration"].replace("", math.nan).dropna() if "calibration" in rows else ()
+    if not len(known):
+        return ""
+    count, _, length = known.iloc[0].rpartition(" ")[2].partition("x")
+    return f"{count} calibration sample{'' if count == '1' else 's'} of {length} tokens"
+
+
 def tasks(suite: str, named: str = "the eight tasks") -> str:
     """What a caption calls the tasks: those of the embedded suites have the names of others, and are analogues."""
     return f"embedded analogues of {named}" if suite.startswith("tiny") else named

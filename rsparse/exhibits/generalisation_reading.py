@@ -87,7 +87,12 @@ def control_reading(rows: pd.DataFrame, model: str) -> str:
     noise = _values(rows[rows["source"] == "random tokens"], "similarity", "real")
     other, said = _values(rows, "similarity", "other-layer"), []
     if len(noise):
-        said.append(f"tokens drawn at random give maps that correlate by {noise.median():.3f} at the median")
+        shuffled = _values(rows[rows["source"] != ""], "similarity", "permuted-x").median()
+        than = "more than" if noise.median() > shuffled else "no more than"
+        said.append(
+            f"tokens drawn at random give maps that correlate by {noise.median():.3f} at the median, {than} maps that "
+            f"share W alone ({shuffled:.3f})"
+        )
     if len(other):
         said.append(f"the map of the same linear in another layer by {other.median():.3f}")
     if not said:

@@ -9,7 +9,7 @@ import math
 
 import pandas as pd
 
-from rsparse.exhibits.gains import listed
+from rsparse.exhibits.gains import listed, samples
 
 DETAILED = ("teal", "r-sparse")
 """Methods that have tables by linear."""
@@ -72,7 +72,11 @@ def realised_reading(rows: pd.DataFrame, model: str) -> str:
         words = f"{line} realises {mean:.1%} ± {spread:.1%}"
         words += f", and its worst token {worst:.1%}, {more:.0%} more bytes than the mean" if more > 5e-4 else ""
         said.append(f"{words} (asked {sparsity:.0%})")
-    return f"Held-out tokens of `{model}`, mean and spread over tokens: " + "; ".join(said) + "."
+    made = samples(part)
+    return (
+        f"Held-out tokens of `{model}`, mean and spread over tokens: {'; '.join(said)}."
+        + (f" Static thresholds are from {made}." if made else "")
+    )
 
 
 def first_reading(rows: pd.DataFrame, model: str) -> str:
@@ -86,7 +90,10 @@ def first_reading(rows: pd.DataFrame, model: str) -> str:
             said.append(f"{(first - mean) / spread:+.1f} with {line} at {sparsity:.0%}")
     if not said:
         return f"On `{model}`, every token reads the same with the methods measured."
-    return f"The first position of a text, in spreads from the mean over tokens: {listed(said)}."
+    return (
+        "The first position of a text is sparser than the mean token, where above zero, by so many spreads over "
+        f"tokens: {listed(said)}."
+    )
 
 
 def layer_curves(rows: pd.DataFrame) -> pd.DataFrame:
@@ -115,15 +122,24 @@ def error_reading(rows: pd.DataFrame, model: str) -> str:
         first, last = ends.columns.min(), ends.columns.max()
         ends = ends.sort_values(last)
         texts = [f"{line} {row[first]:.1f} to {row[last]:.1f}" for line, row in ends.iterrows()]
-        said.append(f"at {sparsity:.0%}, {listed(texts)}")
+        said.append(f"At {sparsity:.0%}, {listed(texts)}")
         if len(ends) > 1:
-            least = ends.idxmin()
-            changes = least[least != ends.index[0]].index.tolist()
             tied = [x for x in ends.index[1:] if _apart(rows, sparsity, last, ends.index[0], x) is False]
             said[-1] += f"; nearest behind the last block is {ends.index[0]}"
             said[-1] += f" (not told apart: {listed(tied)})" if tied else ""
-            said[-1] += f", though not behind {len(changes)} of {len(least)}" if changes else ", as behind every block"
-    return f"Relative error of the residual stream of `{model}` in percent, first to last block: {'. '.join(said)}."
+            said[-1] += _elsewhere(rows, sparsity, ends)
+    return f"Relative error of the residual stream of `{model}` in percent, first to last block. {'. '.join(said)}."
+
+
+def _elsewhere(rows: pd.DataFrame, sparsity: float, ends: pd.DataFrame) -> str:
+    """Whether what is nearest behind the last block, the first row of `ends`, is so behind the other blocks."""
+    best, least = ends.index[0], ends.idxmin()
+    others = least[least != best]
+    open_ = [layer for layer, line in others.items() if _apart(rows, sparsity, layer, best, line) is False]
+    said = ", as behind every block" if others.empty else ""
+    if len(others) > len(open_):
+        said += f", though not behind {len(others) - len(open_)} of {len(least)}"
+    return said + (f", nor told apart from what is nearest behind {len(open_)}" if open_ else "")
 
 
 def _apart(rows: pd.DataFrame, sparsity: float, layer: int, one: str, other: str) -> bool | None:

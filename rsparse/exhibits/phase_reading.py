@@ -13,6 +13,8 @@ from rsparse.exhibits import path_reading
 from rsparse.exhibits.gains import interval, listed
 
 METHOD, AVERAGE = "multi-phase-relu", "average-2"
+SIDES = {"magnitude": "magnitude", "signed": "sign"}
+"""What decides which inputs are dropped, in words."""
 DEPLOYED = {"teal": "zero (TEAL)", "r-sparse": "low rank (R-Sparse)"}
 """What stands in the place of a dropped input, by deployed method."""
 
@@ -37,13 +39,14 @@ def summary(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     perplexity."""
     found = []
     for (sparsity, side, line), part in lines(rows).groupby(["sparsity", "side", "line"], sort=False):
-        row = {"sparsity": f"{sparsity:.0%}", "dropped by": side, "in their place": line}
+        row = {"sparsity": f"{sparsity:.0%}", "dropped by": SIDES.get(side, side), "in their place": line}
         row["ranks"] = path_reading.span(part) if line == DEPLOYED["r-sparse"] else ""
         row["realised (%)"] = 100 * part["realised"].mean()
         for task in tasks:
             value = part[(part["task"] == task) & (part["metric"] == "acc")]
             row[f"{task} (%)"] = f"{100 * value['value'].mean():.1f} ± {100 * value['stderr'].mean():.1f}"
         margins = part[(part["metric"] == "margin") & part["task"].isin(tasks)]
+        row["questions a task"] = f"{margins['n'].mean():.0f}" if len(margins) else ""
         row["margin"] = margins["value"].mean()
         row["perplexity"] = part.loc[part["metric"] == "perplexity", "value"].mean()
         found.append(row)
@@ -74,7 +77,7 @@ def reading(rows: pd.DataFrame, model: str) -> str:
     for side in dict.fromkeys(rows.loc[rows["method"] == METHOD, "score"]):
         found = recovered(rows, side, sparsity)
         texts = [f"{row['loss']:+.3f} with {phases(row['phases'])}" for _, row in found.iterrows()]
-        words = f"dropped by {side}, held-out loss over dense is {listed(texts)} (nats per token)"
+        words = f"dropped by {SIDES[side]}, held-out loss over dense is {listed(texts)} (nats per token)"
         two = found[found["phases"] == 2]
         if len(two) and not two["share"].isna().any():
             back = float(two["share"].iloc[0])
@@ -97,7 +100,7 @@ def recovery_reading(rows: pd.DataFrame, model: str) -> str:
             scaled = {key: factor * row[key] for key in ("value", "low", "high")}
             verdict = "yes" if row["low"] > 0 else "no" if row["high"] < 0 else "open"
             words.append(f"by {name} {verdict} ({interval(scaled, digits)})")
-        said.append(f"dropped by {side}: {listed(words)}")
+        said.append(f"dropped by {SIDES[side]}: {listed(words)}")
     if not said:
         return f"This run on `{model}` did not measure one and two levels."
     return (
@@ -112,11 +115,11 @@ def beside(rows: pd.DataFrame, model: str) -> str:
     part = part[part["against"].isin(DEPLOYED) & (part["score"] == "magnitude")]
     said = []
     for (sparsity, against), found in part.groupby(["sparsity", "against"], sort=False):
-        ahead = found.loc[found["high"] < 0, "phases"].tolist()
-        behind = found.loc[found["low"] > 0, "phases"].tolist()
-        words = [f"lower with {listed([phases(x) for x in ahead])}"] if ahead else []
-        words += [f"higher with {listed([phases(x) for x in behind])}"] if behind else []
-        said.append(f"against {DEPLOYED[against]} at {sparsity:.0%} {' and '.join(words) or 'not told apart'}")
+        groups = {"lower": found["high"] < 0, "higher": found["low"] > 0}
+        groups["not told apart"] = ~(groups["lower"] | groups["higher"])
+        words = [f"{word} with {listed([phases(x) for x in found.loc[mask, 'phases']])}"
+                 for word, mask in groups.items() if mask.any()]  # fmt: skip
+        said.append(f"against {DEPLOYED[against]} at {sparsity:.0%} {listed(words)}")
     if not said:
         return f"This run on `{model}` dropped nothing by magnitude, which is what the deployed methods do."
     return (

@@ -42,7 +42,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             "bits read": bits_read(part), "realised (%)": 100 * part["realised"].mean(),
             "accuracy (%)": f"{100 * average['value'].mean():.1f} ± {100 * average['stderr'].mean():.1f}",
             "of four (%)": 100 * four["value"].mean(), "margin": _mean(part, "average", "margin"),
-            "perplexity": _mean(part, "heldout", "perplexity"), "seeds": part["seed"].nunique(),
+            "perplexity": _mean(part, "heldout", "perplexity"), "questions": int(average["n"].max()),
+            "seeds": part["seed"].nunique(),
             "order": (list(WEIGHTS).index(weights), METHODS.index(method), sparsity, list(PRECISIONS).index(dtype)
                       if dtype else -1),
         })  # fmt: skip
@@ -111,13 +112,20 @@ def extra_cost(rows: pd.DataFrame, model: str) -> str:
     """What R-Sparse costs on INT4 weights and on the checkpoint's own, in words; "" where one was not measured."""
     found, said = differences(rows, "dense", ("r-sparse",)), []
     found = found[found["measure"] == "held-out loss"]
-    own = found[found["weights"] == ""].set_index("sparsity")["value"]
+    own = {row["sparsity"]: row for row in found[found["weights"] == ""].to_dict("records")}
     for row in found[found["weights"] != ""].to_dict("records"):
-        if row["sparsity"] in own.index:
+        if row["sparsity"] in own:
             weights, _, setting = row["label"].partition(": ")
-            said.append(f"{setting} costs {-row['value']:.4f} nats per token on {weights}, and "
-                        f"{-own[row['sparsity']]:.4f} on the weights as loaded")  # fmt: skip
-    return f"By held-out loss of `{model}`: {'; '.join(said)}.{_without_path(rows)}" if said else ""
+            said.append(f"{setting} costs {_cost(row)} nats per token on {weights}, and {_cost(own[row['sparsity']])} "
+                        "on the weights as loaded")  # fmt: skip
+    return (
+        f"By held-out loss of `{model}`, with 95% intervals: {'; '.join(said)}.{_without_path(rows)}" if said else ""
+    )
+
+
+def _cost(row: dict) -> str:
+    """A difference for which higher is better, as a cost."""
+    return gains.interval({"value": -row["value"], "low": -row["high"], "high": -row["low"]}, 4)
 
 
 def _tallies(found: pd.DataFrame) -> str:

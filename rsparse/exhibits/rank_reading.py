@@ -120,7 +120,10 @@ def factor_reading(rows: pd.DataFrame, model: str) -> str:
         groups["not told apart"] = ~(groups["lower"] | groups["higher"])
         words = [f"{word} at {_settings(found[mask])}" for word, mask in groups.items() if mask.any()]
         said.append(f"against {name}, {' and '.join(words)}")
-    return f"Held-out loss with whitened factors on `{model}`, at the same bytes: " + "; ".join(said) + "."
+    made = gains.samples(part)
+    return f"Held-out loss with whitened factors{f' from {made}' if made else ''} on `{model}`, at the same bytes: " + (
+        "; ".join(said) + "."
+    )
 
 
 def _settings(group: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from rsparse.exhibits.gains import listed
+from rsparse.exhibits.gains import listed, samples
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 MATRICES = {
@@ -39,12 +39,14 @@ def rank_reading(rows: pd.DataFrame, model: str) -> str:
         name: part.loc[(part["task"] == task) & (part["side"] == side), "value"].median()
         for (task, side), name in MATRICES.items()
     }
+    layers = part.loc[part["task"] == "residual", "layer"].nunique()
     biases, dropped = middle["summed biases"], middle["dropped"]
     word = "less than" if dropped < biases / 1.5 else "more than" if dropped > 1.5 * biases else "about as much as"
     return (
-        f"Medians over the measured linears of `{model}`: dropped by magnitude, the bias matrix, a row for each phase, "
-        f"has a stable rank of {middle['bias matrix']:.1f}. Added up token by token, as a linear adds them, the biases "
-        f"have {biases:.1f}, and the values that they stand for {dropped:.1f}, {word} the biases; dropped by sign, "
+        f"Medians over the linears of {layers} layer{'' if layers == 1 else 's'} of `{model}`: dropped by magnitude, "
+        f"the bias matrix, a row for each phase, has a stable rank of {middle['bias matrix']:.1f}. Added up token by "
+        f"token, as a linear adds them, the biases have {biases:.1f}, and the values that they stand for "
+        f"{dropped:.1f}, {word} the biases; dropped by sign, "
         f"{middle['bias matrix (signed)']:.1f}, {middle['summed (signed)']:.1f} and {middle['dropped (signed)']:.1f}. "
         f"The deployed method's residuals have {middle['residuals']:.1f}, and the weights {middle['weight']:.1f}."
     )
@@ -54,7 +56,7 @@ def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Stable rank of the bias matrix, dropped by magnitude, layer by layer, a column per linear."""
     part = rows[(rows["metric"] == "stable_rank") & (rows["task"] == "bias-matrix") & (rows["score"] == "magnitude")]
     wide = part.pivot_table(index="layer", columns="linear", values="value")
-    return wide[[x for x in KINDS if x in wide]].rename_axis(columns=None).reset_index()
+    return wide[[x for x in KINDS if x in wide]].rename_axis(columns=None).rename(index=int).reset_index()
 
 
 def errors(rows: pd.DataFrame) -> pd.DataFrame:
@@ -94,16 +96,10 @@ def _not_nearer(rows: pd.DataFrame) -> str:
     gaps = (wide["whitened"] - wide["svd"]).groupby(level="at", sort=False).median()
     not_nearer = [at for at, gap in gaps.items() if gap >= 0]
     said = f"not nearer at {listed(not_nearer)}" if not_nearer else "nearer at all of them"
-    return f"Of the ranks in the table, in the median over linears, it is {said}{_made_from(part)}"
-
-
-def _made_from(rows: pd.DataFrame) -> str:
-    """How much calibration text the second moment of whitened factors is from; "" where rows do not say."""
-    known = rows["calibration"].dropna() if "calibration" in rows else []
-    if not len(known):
-        return ""
-    count, _, length = known.iloc[0].rpartition(" ")[2].partition("x")
-    return f"; its second moment is from {count} calibration sample{'' if count == '1' else 's'} of {length} tokens"
+    made = samples(part)
+    return f"Of the ranks in the table, in the median over linears, it is {said}" + (
+        f"; its second moment is from {made}" if made else ""
+    )
 
 
 def half_reading(curves: dict, model: str) -> str:
