@@ -45,6 +45,7 @@ TEAL = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "gsm8k": 5, "piqa": 0, 
 """TEAL's six tasks (arXiv 2408.14690, Table 2), and the solved examples that come before each question."""
 TINY_TEAL = ("arc_challenge", "hellaswag", "piqa", "winogrande")
 """Those of TEAL's tasks that the embedded default has; it has no split to take examples from, so none come before."""
+_EMBEDDED = {"tiny": TASKS, "tiny-teal": TINY_TEAL}
 SUITES = ("official", "tiny", "teal", "tiny-teal")
 """Whose tasks: lm-eval's or the embedded default's, the paper's eight zero-shot; and the same for TEAL's."""
 FEWSHOT_SEED = 1234
@@ -174,8 +175,8 @@ def load_tasks(suite: str) -> dict[str, ConfigurableTask]:
         logging.getLogger(name).setLevel(logging.ERROR)
     if suite not in SUITES:
         raise ValueError(f"suite is {suite!r}; expected one of {', '.join(SUITES)}")
-    if suite in ("tiny", "tiny-teal"):
-        return _tiny(TASKS if suite == "tiny" else TINY_TEAL)
+    if suite in _EMBEDDED:
+        return {task: _tiny(_TINY / f"tiny_{task}.yaml") for task in _EMBEDDED[suite]}
     return _official(dict.fromkeys(TASKS, 0) if suite == "official" else TEAL)
 
 
@@ -192,10 +193,9 @@ def _official(shots: Mapping[str, int]) -> dict[str, ConfigurableTask]:
     return found
 
 
-def _tiny(tasks: Sequence[str]) -> dict[str, ConfigurableTask]:
-    configs = [_tiny_config(_TINY / f"tiny_{task}.yaml") for task in tasks]
-    found = TaskManager(include_defaults=False).load(configs)["tasks"]
-    return {task: found[f"tiny_{task}"] for task in tasks}  # by name: get_task_dict, for one, reorders
+@cache
+def _tiny(path: Path) -> ConfigurableTask:
+    return TaskManager(include_defaults=False).load([_tiny_config(path)])["tasks"][path.stem]
 
 
 def _tiny_config(path: Path) -> dict:
@@ -256,10 +256,7 @@ def score_tasks(
     Such a task is one, its items side by side, which is lm-eval's own weighting of its parts. ValueError for a task in
     `only` that the suite does not have.
     """
-    tasks = load_tasks(suite)
-    if unknown := set(only) - set(map(_whole, tasks)):
-        raise ValueError(f"task is {min(unknown)!r}; expected one of {', '.join(dict.fromkeys(map(_whole, tasks)))}")
-    tasks = {name: task for name, task in tasks.items() if not only or _whole(name) in only}
+    tasks = _chosen(suite, only)
     lm = SparseLM(model, tokenizer, batch_size, bos)
     found: dict[str, list] = {}
     for limit, group in _by_limit(tasks, items).items():
@@ -269,6 +266,16 @@ def score_tasks(
     frame = pd.concat([_item_rows(name, task, found[name]) for name, task in tasks.items()], ignore_index=True)
     frame["item"] = frame.groupby("task").cumcount()
     return Scored(frame, lm.influenced / max(lm.scored, 1), lm.fed, lm.seconds)
+
+
+def _chosen(suite: str, only: Sequence[str]) -> dict[str, ConfigurableTask]:
+    """`load_tasks`, or those of it in `only`; of an embedded suite nothing else is loaded, which takes its time."""
+    known = dict.fromkeys(_EMBEDDED.get(suite) or map(_whole, load_tasks(suite)))
+    if unknown := set(only) - set(known):
+        raise ValueError(f"task is {min(unknown)!r}; expected one of {', '.join(known)}")
+    if only and suite in _EMBEDDED:
+        return {task: _tiny(_TINY / f"tiny_{task}.yaml") for task in known if task in only}
+    return {name: task for name, task in load_tasks(suite).items() if not only or _whole(name) in only}
 
 
 def row_texts(suite: str, items: int | None = None) -> Iterator[str]:
